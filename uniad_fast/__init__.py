@@ -1,0 +1,30 @@
+"""uniad_fast: UniAD, the one-model-for-all-classes anomaly detector, fast."""
+
+from typing import TYPE_CHECKING, Any
+
+from .attention import NeighborMaskedAttention
+from .functional import jitter_project, neighbor_masked_attention
+from .model import UniAD
+
+if TYPE_CHECKING:
+    from .detector import AnomalyDetector as AnomalyDetector
+    from .detector import Prediction as Prediction
+
+__all__ = [
+    "AnomalyDetector",
+    "NeighborMaskedAttention",
+    "Prediction",
+    "UniAD",
+    "jitter_project",
+    "neighbor_masked_attention",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # The detector brings Pillow and timm along, which those who only want the ops need not pay for.
+    if name in ("AnomalyDetector", "Prediction"):
+        from . import detector
+
+        return getattr(detector, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

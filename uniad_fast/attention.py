@@ -1,0 +1,136 @@
+"""NeighborMaskedAttention: an nn.MultiheadAttention with the 2D neighbourhood mask built in."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import choose_impl, neighbor_masked_attention, size_pair
+from .neighborhood import Size, has_query_without_key
+
+
+class NeighborMaskedAttention(nn.Module):
+    """Multi-head attention in which no token sees its neighbours (UniAD, section 3.2, NMA).
+
+    Parameters have the names, shapes and initial values of `nn.MultiheadAttention`'s (`in_proj_weight`,
+    `in_proj_bias`, `out_proj.weight`, `out_proj.bias`), so its state dicts load; it is called the same way.
+
+    Args:
+        embed_dim, num_heads, dropout, bias, batch_first: as in `nn.MultiheadAttention`.
+        feature_size: (height, width) of the token grid; sequences have height * width tokens, row by row.
+        neighbor_size: (h, w) of the hidden window in tokens (an even n acts as n + 1), or None to hide nothing.
+        impl: implementation of the op, see `uniad_fast.functional`.
+
+    Raises:
+        ValueError: a size is out of range, or the window covers the grid so that a query has no key left.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        feature_size: Size,
+        neighbor_size: Size | None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        batch_first: bool = False,
+        *,
+        impl: str | None = None,
+    ) -> None:
+        super().__init__()
+        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.feature_size = size_pair("feature_size", feature_size)
+        self.neighbor_size = None if neighbor_size is None else size_pair("neighbor_size", neighbor_size)
+        if has_query_without_key(self.feature_size, self.neighbor_size):
+            raise ValueError(
+                f"neighbor_size {self.neighbor_size} covers the whole grid {self.feature_size} for some query, "
+                "which would have nothing left to attend to: choose a smaller window"
+            )
+        self.dropout = dropout
+        self.batch_first = batch_first
+        choose_impl(impl)
+        self.impl = impl
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim)) if bias else None
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        if bias:
+            nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """Attend, and return (output, None): the weights never exist.
+
+        query, key, value: [N, B, embed_dim], [B, N, embed_dim] with `batch_first`, or [N, embed_dim]; the query
+        may have batch 1, it then serves the whole batch. Output: the shape of `key`.
+
+        Raises:
+            ValueError: a mask is passed (it is built in), or shapes do not match the grid.
+        """
+        if key_padding_mask is not None or attn_mask is not None or is_causal:
+            raise ValueError("the mask is built in: attn_mask and key_padding_mask must be None, is_causal False")
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if tensor.ndim != key.ndim or tensor.ndim not in (2, 3) or tensor.shape[-1] != self.embed_dim:
+                raise ValueError(
+                    f"query, key and value must be [N, B, {self.embed_dim}] (batch first: [B, N, "
+                    f"{self.embed_dim}]) or [N, {self.embed_dim}], got {name} {tuple(tensor.shape)}"
+                )
+        if key.ndim == 2:
+            out = self.attend(self.project_query(query[None]), key[None], value[None])[0]
+        elif self.batch_first:
+            out = self.attend(self.project_query(query), key, value)
+        else:
+            # One tensor stays one tensor, so that equal projections are still seen to be equal.
+            key_first = key.transpose(0, 1)
+            value_first = key_first if value is key else value.transpose(0, 1)
+            out = self.attend(self.project_query(query.transpose(0, 1)), key_first, value_first).transpose(0, 1)
+        return out, None
+
+    def project_query(self, query: Tensor) -> Tensor:
+        """Query projection and split in heads: [B, N, embed_dim] -> [B, heads, N, head_dim]."""
+        return self._split_heads(F.linear(query, *self._in_proj(0, 1)))
+
+    def attend(self, projected_query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The rest: [B or 1, heads, N, head_dim] queries, keys and values [B, N, embed_dim] -> [B, N, embed_dim]."""
+        if key is value:
+            k, v = F.linear(key, *self._in_proj(1, 3)).chunk(2, dim=-1)
+        else:
+            k, v = F.linear(key, *self._in_proj(1, 2)), F.linear(value, *self._in_proj(2, 3))
+        out = neighbor_masked_attention(
+            projected_query,
+            self._split_heads(k),
+            self._split_heads(v),
+            self.feature_size,
+            self.neighbor_size,
+            dropout_p=self.dropout if self.training else 0.0,
+            impl=self.impl,
+        )
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.embed_dim}, num_heads={self.num_heads}, feature_size={self.feature_size}, "
+            f"neighbor_size={self.neighbor_size}, dropout={self.dropout}, batch_first={self.batch_first}, "
+            f"impl={self.impl!r}"
+        )
+
+    def _in_proj(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the input projections first .. last - 1 of (query, key, value)."""
+        rows = slice(first * self.embed_dim, last * self.embed_dim)
+        return self.in_proj_weight[rows], None if self.in_proj_bias is None else self.in_proj_bias[rows]
+
+    def _split_heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

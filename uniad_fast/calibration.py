@@ -1,0 +1,87 @@
+"""What is set after training, from good images alone: the whitening, the threshold, the colours of heat maps."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .scoring import Scorer, image_scores
+
+_BATCH = 32
+_WHITENING_IMAGES = 512
+_SHRINKAGE = 1e-3
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Figures from held-out good images.
+
+    Attributes:
+        threshold: image score above which an image is called defective.
+        held_false_alarm_rate: the rate that it holds, see `threshold_for`.
+        color_range: map values between which heat maps are coloured, the same for every image.
+        held_out_images, held_out_mean, held_out_std: how many there were, and their image scores.
+    """
+
+    threshold: float
+    held_false_alarm_rate: float
+    color_range: tuple[float, float]
+    held_out_images: int
+    held_out_mean: float
+    held_out_std: float
+
+
+def calibrate(scorer: Scorer, tokens: NDArray, image_score: str, false_alarm_rate: float) -> Calibration:
+    """Figures from the features [images, N, C] of good images that were held out."""
+    maps = torch.cat([scorer.maps(batch).cpu() for batch in _batches(tokens)])
+    scores = image_scores(maps, image_score).tolist()
+    threshold, held_rate = threshold_for(scores, false_alarm_rate)
+    # Good pixels stay in the lower half of the colours: the range goes twice as far as nearly all of them do.
+    typical, high = (float(np.quantile(maps.numpy(), q)) for q in (0.5, 0.999))
+    color_range = (typical, typical + 2 * (high - typical))
+    return Calibration(threshold, held_rate, color_range, len(scores), float(np.mean(scores)), float(np.std(scores)))
+
+
+def residual_whitening(scorer: Scorer, tokens: NDArray) -> Tensor:
+    """[C, C] float32 that makes the residuals of these features [images, N, C] white.
+
+    A share of the mean variance is added to every direction, so that those in which good images never fail do not
+    drown the rest. Some hundred images, evenly picked, stand for all.
+    """
+    channels = tokens.shape[-1]
+    covariance, count = torch.zeros(channels, channels, dtype=torch.float64), 0
+    for batch in _batches(tokens[:: max(1, len(tokens) // _WHITENING_IMAGES)]):
+        rows = scorer.residual(batch).transpose(0, 1).flatten(1).double().cpu()  # [C, B * N]
+        covariance += rows @ rows.T
+        count += rows.shape[1]
+    covariance /= count
+    covariance += _SHRINKAGE * covariance.diagonal().mean() * torch.eye(channels, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors / values.sqrt() @ vectors.T).float()
+
+
+def threshold_for(good_scores: Sequence[float], false_alarm_rate: float) -> tuple[float, float]:
+    """(threshold, the rate it holds): a good image scores above it with at most that probability.
+
+    The threshold is an order statistic of the n scores of held-out good images, so that the rate holds for the next
+    good image whatever the scores' distribution. n images can hold no rate below 1 / (n + 1): the rate returned is
+    then that one, and the threshold their maximum.
+    """
+    ordered = np.sort(np.asarray(good_scores, dtype=np.float64))
+    n = len(ordered)
+    if n == 0:
+        raise ValueError("a threshold needs the score of at least one held-out good image")
+    if not 0 < false_alarm_rate < 1:
+        raise ValueError(f"false_alarm_rate must be in (0, 1), got {false_alarm_rate}")
+    rank = min(n, math.ceil((n + 1) * (1 - false_alarm_rate)))
+    return float(ordered[rank - 1]), max(false_alarm_rate, 1 / (n + 1))
+
+
+def _batches(tokens: NDArray) -> Iterator[Tensor]:
+    """Rows of a memory-mapped [images, N, C] array, a batch at a time."""
+    for start in range(0, len(tokens), _BATCH):
+        yield torch.from_numpy(np.array(tokens[start : start + _BATCH]))

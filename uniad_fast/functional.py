@@ -1,0 +1,191 @@
+"""The public ops: check the arguments, choose an implementation, call it.
+
+impl, for both ops:
+    None         the best for the tensors' device
+    "reference"  the definition: plain PyTorch, materialised, any device, float64 too
+    "torch"      stock PyTorch: scaled_dot_product_attention with a cached dense mask
+A named one on an input that it does not take raises; it never falls back.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference, stock
+from .neighborhood import Size
+from .noise import draw_seed
+
+IMPLS = ("reference", "torch")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def neighbor_masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    feature_size: Size,
+    neighbor_size: Size | None,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    seed: int | Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Attention in which a token does not see its 2D neighbours (UniAD, section 3.2, NMA).
+
+    Key j is hidden from query i when |row_i - row_j| <= h // 2 and |col_i - col_j| <= w // 2: the window is
+    clipped at the border, and an even size n acts as n + 1. A query left with no key gives output 0 and
+    gradient 0.
+
+    Args:
+        query: [B, heads, N, head_dim], or [1, heads, N, head_dim] to serve every element of the batch.
+            float32, float16, bfloat16 or float64; under autocast, cast as autocast casts a matrix product.
+        key, value: [B, heads, N, head_dim], dtype and device of `query`.
+        feature_size: (height, width) of the token grid, N = height * width, tokens numbered row by row.
+        neighbor_size: (h, w) of the hidden window in tokens, or None to hide nothing.
+        dropout_p: probability in [0, 1) that a softmax weight is dropped; kept ones are divided by 1 - p.
+            Decided by 16 random bits a weight, so p acts as round(p * 65536) / 65536.
+        scale: factor of the scores, 1 / sqrt(head_dim) by default.
+        seed: of the dropout: an int, a 0-d int64 tensor on the device, or None to draw one from torch's
+            generator. The same seed drops the same weights in every impl but "torch".
+        impl: see the module.
+
+    Returns:
+        [B, heads, N, head_dim] in the dtype of `query`.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, window, probability or impl are not as above.
+    """
+    query, key, value = _autocast(query, key, value)
+    feature_size = size_pair("feature_size", feature_size)
+    if neighbor_size is not None:
+        neighbor_size = size_pair("neighbor_size", neighbor_size)
+    _check_attention(query, key, value, feature_size)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    _check_seed(seed, query.device)
+    impl = choose_impl(impl)
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1])
+
+    if impl == "torch":
+        return stock.neighbor_masked_attention(query, key, value, feature_size, neighbor_size, dropout_p, scale, seed)
+    if dropout_p > 0 and seed is None:
+        seed = draw_seed(query.device)
+    return reference.neighbor_masked_attention(query, key, value, feature_size, neighbor_size, dropout_p, scale, seed)
+
+
+def jitter_project(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float,
+    prob: float = 1.0,
+    seed: int | Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """linear(tokens + noise), the feature jitter and the input projection in one (UniAD, section 3.2, FJ).
+
+    noise ~ N(0, (scale * ||token||_2 / C_in)^2), added to each token with probability `prob`.
+
+    Args:
+        tokens: [..., C_in], float32, float16, bfloat16 or float64; under autocast, cast as for a linear layer.
+        weight: [C_out, C_in], dtype and device of `tokens`.
+        bias: [C_out] or None.
+        scale: the paper's alpha, >= 0.
+        prob: probability in [0, 1] that a token is jittered.
+        seed: of the noise: an int, a 0-d int64 tensor on the device, or None to draw one from torch's generator.
+        impl: see the module.
+
+    Returns:
+        [..., C_out] in the dtype of `tokens`.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, scale, probability or impl are not as above.
+    """
+    if bias is None:
+        tokens, weight = _autocast(tokens, weight)
+    else:
+        tokens, weight, bias = _autocast(tokens, weight, bias)
+    _check_same_kind(tokens=tokens, weight=weight, **({} if bias is None else {"bias": bias}))
+    if tokens.ndim < 1 or weight.ndim != 2 or tokens.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"tokens must be [..., C_in] and weight [C_out, C_in], got {tuple(tokens.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}] as weight is, got {tuple(bias.shape)}")
+    if not (scale >= 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite number >= 0, got {scale}")
+    if not 0 <= prob <= 1:
+        raise ValueError(f"prob must be in [0, 1], got {prob}")
+    _check_seed(seed, tokens.device)
+    impl = choose_impl(impl)
+
+    if impl == "torch":
+        return stock.jitter_project(tokens, weight, bias, scale, prob, seed)
+    if seed is None:
+        seed = draw_seed(tokens.device)
+    return reference.jitter_project(tokens, weight, bias, scale, prob, seed)
+
+
+def choose_impl(impl: str | None) -> str:
+    """The implementation that `impl` stands for; ValueError if there is none of that name."""
+    if impl is None:
+        return "torch"
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be None or one of {', '.join(IMPLS)}, got {impl!r}")
+    return impl
+
+
+def size_pair(name: str, size: Size) -> Size:
+    """`size` as a (height, width) tuple of ints >= 1; ValueError, naming the argument, if it is none."""
+    pair = tuple(size) if isinstance(size, (tuple, list)) else ()
+    if len(pair) != 2 or not all(isinstance(n, int) and n >= 1 for n in pair):
+        raise ValueError(f"{name} must be (height, width), two integers >= 1, got {size!r}")
+    return pair
+
+
+def _check_attention(query: Tensor, key: Tensor, value: Tensor, feature_size: Size) -> None:
+    _check_same_kind(query=query, key=key, value=value)
+    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in (("query", query), ("key", key), ("value", value)))
+    if key.ndim != 4 or key.shape != value.shape:
+        raise ValueError(f"key and value must both be [B, heads, N, head_dim], got {shapes}")
+    if query.ndim != 4 or query.shape[1:] != key.shape[1:] or query.shape[0] not in (1, key.shape[0]):
+        raise ValueError(f"query must have the shape of key, or batch 1, got {shapes}")
+    if min(key.shape[1], key.shape[3]) < 1:
+        raise ValueError(f"heads and head_dim must be at least 1, got {shapes}")
+    height, width = feature_size
+    if key.shape[2] != height * width:
+        raise ValueError(f"feature_size {feature_size} has {height * width} tokens, got {shapes}")
+
+
+def _check_same_kind(**tensors: Tensor) -> None:
+    """All floating point, of one dtype and on one device."""
+    (first_name, first), *others = tensors.items()
+    if first.dtype not in _FLOATS:
+        raise ValueError(f"{first_name} must be float32, float16, bfloat16 or float64, got {first.dtype}")
+    for name, tensor in others:
+        if tensor.dtype != first.dtype:
+            raise ValueError(f"{first_name} is {first.dtype} but {name} is {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{first_name} is on {first.device} but {name} on {tensor.device}")
+
+
+def _check_seed(seed: int | Tensor | None, device: torch.device) -> None:
+    if isinstance(seed, Tensor):
+        if seed.ndim != 0 or seed.dtype != torch.int64 or seed.device != device:
+            raise ValueError(
+                f"a seed tensor must be 0-d int64 on {device}, got {tuple(seed.shape)} {seed.dtype} on {seed.device}"
+            )
+    elif seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit in a signed 64-bit integer, got {seed}")
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -1,0 +1,183 @@
+"""UniAD: reconstruct a frozen feature map, score where the reconstruction fails (paper, section 3)."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .files import atomic_path
+from .functional import jitter_project, size_pair
+from .initialize import initialize
+from .neighborhood import Size
+from .position import position_embedding
+from .transformer import Transformer
+
+
+class UniAD(nn.Module):
+    """The reconstruction network, drop-in for the public code's class of this name.
+
+    B batch, C_org channels of the feature map, H x W its grid. Modules and parameters have the public names.
+
+    Args:
+        inplanes: channels of the feature map, [C_org] or C_org.
+        instrides: stride of the feature map in the image, [stride] or stride; `pred` is enlarged by it.
+        feature_size: (H, W).
+        feature_jitter: {"scale", "prob"} (mapping or object), or None for none. In training only.
+        neighbor_mask: {"neighbor_size", "mask"} (mapping or object): the hidden window, and whether it applies to
+            the encoder, to the decoder's first and to its second attention; None for full attention.
+        hidden_dim: width C of the transformer.
+        pos_embed_type: "learned" or "sine".
+        save_recon: {"save_dir"} or None, kept for the caller: see `save_reconstructions`.
+        initializer: {"method", ...} as in `uniad_fast.initialize`; None is {"method": "normal", "std": 0.01}.
+        nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout, activation, normalize_before:
+            of the transformer.
+        impl: implementation of both ops, see `uniad_fast.functional`.
+
+    Raises:
+        ValueError: an argument is out of range, or the window leaves some query without a key.
+    """
+
+    def __init__(
+        self,
+        inplanes: Sequence[int] | int,
+        instrides: Sequence[int] | int,
+        feature_size: Size,
+        feature_jitter: Any,
+        neighbor_mask: Any,
+        hidden_dim: int,
+        pos_embed_type: str,
+        save_recon: Any,
+        initializer: Any,
+        nhead: int,
+        num_encoder_layers: int,
+        num_decoder_layers: int,
+        dim_feedforward: int,
+        dropout: float = 0.1,
+        activation: str = "relu",
+        normalize_before: bool = False,
+        *,
+        impl: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.inplanes = _single("inplanes", inplanes)
+        self.stride = _single("instrides", instrides)
+        self.feature_size = size_pair("feature_size", feature_size)
+        self.jitter_scale, self.jitter_prob = 0.0, 0.0
+        if feature_jitter:
+            self.jitter_scale, self.jitter_prob = (_get(feature_jitter, name) for name in ("scale", "prob"))
+        self.save_recon = save_recon
+        self.impl = impl
+        windows: list[Size | None] = [None, None, None]
+        if neighbor_mask:
+            window = size_pair("neighbor_size", _get(neighbor_mask, "neighbor_size"))
+            flags = _get(neighbor_mask, "mask")
+            if len(flags) != 3:
+                raise ValueError(
+                    f"neighbor_mask.mask must have 3 flags (encoder, decoder first, decoder second), got {flags!r}"
+                )
+            windows = [window if flag else None for flag in flags]
+
+        self.pos_embed = position_embedding(pos_embed_type, self.feature_size, hidden_dim)
+        self.transformer = Transformer(
+            hidden_dim,
+            self.feature_size,
+            (windows[0], windows[1], windows[2]),
+            nhead,
+            num_encoder_layers,
+            num_decoder_layers,
+            dim_feedforward,
+            dropout,
+            activation,
+            normalize_before,
+            impl,
+        )
+        self.input_proj = nn.Linear(self.inplanes, hidden_dim)
+        self.output_proj = nn.Linear(hidden_dim, self.inplanes)
+        initialize(self, **(dict(_items(initializer)) if initializer else {}))
+
+    def forward(self, input: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Reconstruct `input["feature_align"]` [B, C_org, H, W].
+
+        Returns:
+            "feature_rec" [B, C_org, H, W]; "feature_align", the input; "pred" [B, 1, H * stride, W * stride], the
+            L2 norm over channels of their difference (section 3.3), bilinear with aligned corners.
+
+        Raises:
+            ValueError: the feature map has other channels or another grid.
+        """
+        feature = input["feature_align"]
+        if feature.ndim != 4 or feature.shape[1:] != (self.inplanes, *self.feature_size):
+            raise ValueError(
+                f"feature_align must be [B, {self.inplanes}, {self.feature_size[0]}, {self.feature_size[1]}], "
+                f"got {tuple(feature.shape)}"
+            )
+        tokens = feature.flatten(2).transpose(1, 2)  # [B, N, C_org]
+        reconstruction = self.reconstruct(tokens).transpose(1, 2).unflatten(2, self.feature_size)
+        return {
+            "feature_rec": reconstruction,
+            "feature_align": feature,
+            "pred": enlarge(anomaly_grid(feature, reconstruction), self.stride),
+        }
+
+    def reconstruct(self, tokens: Tensor) -> Tensor:
+        """tokens [B, N, C_org] -> their reconstruction, same shape; jittered first when training."""
+        if self.training and self.jitter_prob > 0:
+            hidden = jitter_project(
+                tokens,
+                self.input_proj.weight,
+                self.input_proj.bias,
+                scale=self.jitter_scale,
+                prob=self.jitter_prob,
+                impl=self.impl,
+            )
+        else:
+            hidden = self.input_proj(tokens)
+        return self.output_proj(self.transformer(hidden, self.pos_embed()))
+
+
+def anomaly_grid(feature: Tensor, reconstruction: Tensor) -> Tensor:
+    """s = ||f_org - f_rec||_2 per location (section 3.3): two [B, C_org, H, W] -> [B, 1, H, W] in float32."""
+    return torch.linalg.vector_norm(reconstruction.float() - feature.float(), dim=1, keepdim=True)
+
+
+def enlarge(grid: Tensor, stride: int) -> Tensor:
+    """[B, 1, H, W] -> [B, 1, H * stride, W * stride], bilinear with aligned corners."""
+    return F.interpolate(grid, scale_factor=stride, mode="bilinear", align_corners=True)
+
+
+def save_reconstructions(
+    feature_rec: Tensor, class_names: Sequence[str], filenames: Sequence[str], save_dir: str | os.PathLike
+) -> None:
+    """What the public code's forward does under `save_recon`, for the caller to do: one .npy an image.
+
+    Args:
+        feature_rec: [B, C_org, H, W].
+        class_names, filenames: of the B images. DIR/KIND/IMAGE.png is written to save_dir/CLASS/KIND/IMAGE.npy.
+        save_dir: made if missing.
+    """
+    for class_name, filename, reconstruction in zip(class_names, filenames, feature_rec, strict=True):
+        image = Path(filename)
+        target = Path(save_dir, class_name, image.parent.name, image.stem + ".npy")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(target) as partial, open(partial, "wb") as file:
+            np.save(file, reconstruction.detach().float().cpu().numpy())
+
+
+def _single(name: str, value: Sequence[int] | int) -> int:
+    values = [value] if isinstance(value, int) else list(value)
+    if len(values) != 1 or values[0] < 1:
+        raise ValueError(f"{name} must be one integer >= 1, or a list of one, got {value!r}")
+    return values[0]
+
+
+def _get(config: Any, name: str) -> Any:
+    return config[name] if isinstance(config, Mapping) else getattr(config, name)
+
+
+def _items(config: Any) -> Any:
+    return config.items() if isinstance(config, Mapping) else vars(config).items()

@@ -1,0 +1,62 @@
+"""The 2D neighbourhood on a token grid: which keys a query does not see.
+
+Tokens are numbered row by row: token i sits at row i // width, col i % width.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]
+
+
+def neighborhood_radius(neighbor_size: Size | None) -> Size:
+    """(row, col) radius of a window: key j is hidden from query i when both distances are within it.
+
+    An even size n acts as n + 1, as in the public code. (-1, -1), which hides nothing, for None.
+    """
+    if neighbor_size is None:
+        return -1, -1
+    height, width = neighbor_size
+    return height // 2, width // 2
+
+
+def has_query_without_key(feature_size: Size, neighbor_size: Size | None) -> bool:
+    """Whether the window covers the whole grid for some query (the one in the middle, then)."""
+    radius_row, radius_col = neighborhood_radius(neighbor_size)
+    height, width = feature_size
+    return radius_row >= height // 2 and radius_col >= width // 2
+
+
+def hidden_keys(feature_size: Size, neighbor_size: Size | None, device: torch.device) -> Tensor:
+    """The mask itself: bool [N, N] for N = height * width, True where query (row) i must not see key (col) j."""
+    height, width = feature_size
+    radius_row, radius_col = neighborhood_radius(neighbor_size)
+    token = torch.arange(height * width, device=device)
+    row, col = token // width, token % width
+    near_row = (row[:, None] - row).abs() <= radius_row
+    near_col = (col[:, None] - col).abs() <= radius_col
+    return near_row & near_col
+
+
+@lru_cache(maxsize=8)
+def additive_mask(feature_size: Size, neighbor_size: Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[N, N] in `dtype`, 0 where the key is seen and -inf where hidden; made once and kept.
+
+    A query left with no key sees all of them here, since a softmax over nothing is NaN: what such a query
+    returns is for the caller to overwrite (see `queries_with_keys`).
+    """
+    hidden = hidden_keys(feature_size, neighbor_size, device)
+    hidden &= ~hidden.all(dim=1, keepdim=True)
+    # A tensor made inside inference_mode could not be saved for a later backward.
+    with torch.inference_mode(False):
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
+        return mask.masked_fill_(hidden.clone(), float("-inf"))
+
+
+@lru_cache(maxsize=8)
+def queries_with_keys(feature_size: Size, neighbor_size: Size, device: torch.device) -> Tensor:
+    """bool [N, 1], True where the query sees at least one key."""
+    with torch.inference_mode(False):
+        return ~hidden_keys(feature_size, neighbor_size, device).all(dim=1, keepdim=True)

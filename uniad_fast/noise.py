@@ -1,0 +1,126 @@
+"""Counter-based noise: the one place that says which random bits belong to which element.
+
+Every draw is Philox-4x32-10 (Salmon et al., SC 2011), keyed by a 64-bit seed and counted by the
+element's own index, so that it depends on nothing else: not the tile, the thread, the device or the
+implementation. The kernels draw the same bits; this file is the definition they are tested against.
+
+    key      (seed & 0xffffffff, seed >> 32)
+    counter  (column group, row, plane, stream)        four 32-bit words, the last one names the use
+
+Stream KEEP: 16 bits an element, eight elements a call. An element is (plane, row, col); for attention
+weights plane = batch * heads + head, row = query, col = key. A call serves the eight columns of one block
+of 64 that are equal modulo 8:
+
+    column group = 8 * (col // 64) + col % 8,     slot = col % 64 // 8
+    bits = 16-bit half `slot % 2` (0 is the low one) of output word `slot // 2`
+    kept  when  bits >= round(p * 65536)
+
+Columns 2t, 2t+1 of every run of eight are what one thread of a 16x8 matrix instruction holds, and eight
+neighbouring columns are one byte of a vector mask: neither has to shuffle.
+
+Stream JITTER: 32 bits an element, four neighbouring channels a call. An element is (token, channel):
+
+    column group = channel // 4,  row = token,  plane = 0
+    u_i = ((word_i >> 8) + 1) / 2**24  in (0, 1]
+    channels 4g, 4g+1 = sqrt(-2 ln u_0) * (cos, sin)(2 pi u_1);  4g+2, 4g+3 the same from u_2, u_3
+
+Stream JITTER_TOKEN: one call a token, counter (0, token, 0, stream); the token is jittered when
+(word_0 >> 8) < round(prob * 2**24).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+KEEP, JITTER, JITTER_TOKEN = 0, 1, 2
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox-4x32-10 of four counter words under a two-word key.
+
+    All words are int64 tensors holding values in [0, 2**32), broadcast against each other; so are the
+    four results.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # The 64-bit product wraps to a negative int64, but its bit pattern is the unsigned product's.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c2 = (
+            (product1 >> 32 & _WORD) ^ c1 ^ k0,
+            (product0 >> 32 & _WORD) ^ c3 ^ k1,
+        )
+        c1, c3 = product1 & _WORD, product0 & _WORD
+        k0, k1 = k0 + _KEY_INCREMENTS[0] & _WORD, k1 + _KEY_INCREMENTS[1] & _WORD
+    return c0, c1, c2, c3
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A fresh seed from torch's generator of `device`: a 0-d int64 tensor there (no synchronisation)."""
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def keep_mask(seed: int | Tensor, shape: tuple[int, int, int], p: float, device: torch.device) -> Tensor:
+    """Dropout decisions of stream KEEP: bool [planes, rows, cols], True where the element is kept."""
+    planes, rows, cols = shape
+    col = torch.arange(cols, device=device)
+    words = philox_4x32(
+        (
+            8 * (col // 64) + col % 8,
+            torch.arange(rows, device=device)[:, None],
+            torch.arange(planes, device=device)[:, None, None],
+            torch.tensor(KEEP, device=device),
+        ),
+        _key(seed, device),
+    )
+    slot = col % 64 // 8
+    word = torch.stack(words)[slot // 2, ..., col]  # [cols, planes, rows]
+    bits = (word >> 16 * (slot % 2)[:, None, None]) & 0xFFFF
+    return (bits >= keep_threshold(p)).permute(1, 2, 0)
+
+
+def keep_threshold(p: float) -> int:
+    """The 16-bit threshold of dropout probability `p`: an element is dropped when its bits are below."""
+    return round(p * 65536)
+
+
+def jitter_normals(seed: int | Tensor, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Standard normals of stream JITTER: [tokens, channels] in `dtype` (float32 or float64)."""
+    tokens, channels = shape
+    words = philox_4x32(
+        (
+            torch.arange(math.ceil(channels / 4), device=device),
+            torch.arange(tokens, device=device)[:, None],
+            torch.zeros((), dtype=torch.int64, device=device),
+            torch.tensor(JITTER, device=device),
+        ),
+        _key(seed, device),
+    )
+    u = [((word >> 8) + 1).to(dtype) / 2**24 for word in words]
+    normals = []
+    for radius_u, angle_u in ((u[0], u[1]), (u[2], u[3])):
+        radius = torch.sqrt(-2 * torch.log(radius_u))
+        angle = 2 * math.pi * angle_u
+        normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.stack(normals, dim=-1).flatten(-2)[:, :channels]
+
+
+def jittered_tokens(seed: int | Tensor, tokens: int, prob: float, device: torch.device) -> Tensor:
+    """Decisions of stream JITTER_TOKEN: bool [tokens], True where the token gets noise."""
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    word, *_ = philox_4x32(
+        (zero, torch.arange(tokens, device=device), zero, torch.tensor(JITTER_TOKEN, device=device)),
+        _key(seed, device),
+    )
+    return (word >> 8) < round(prob * 2**24)
+
+
+def _key(seed: int | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
+    return seed & _WORD, seed >> 32 & _WORD

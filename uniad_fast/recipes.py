@@ -1,0 +1,75 @@
+"""Training recipes: every choice that is not the model's."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        epochs, batch_size, learning_rate, weight_decay, clip: of AdamW; `clip` is the largest gradient norm.
+        schedule: "step" (x 0.1 after 80% of the steps) or "one_cycle" (up over `warmup`, then down, by cosine).
+        warmup: share of the steps in which a one-cycle schedule rises.
+        dropout: of attention, FFN and residuals.
+        jitter_scale, jitter_prob: of the feature jittering (paper, section 3.2).
+        standardize: features scaled to mean 0 and deviation 1 per channel, as measured on the training images.
+        query_std: deviation of the learned queries' initial values.
+        precision: "float32" or "bfloat16" (autocast).
+        score: how a residual becomes a number, "l2" (the paper's) or "whitened"; see `uniad_fast.scoring`.
+    """
+
+    name: str
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    clip: float
+    schedule: str
+    warmup: float
+    dropout: float
+    jitter_scale: float
+    jitter_prob: float
+    standardize: bool
+    query_std: float
+    precision: str
+    score: str
+
+
+PAPER = Recipe(
+    name="paper",
+    epochs=1000,
+    batch_size=8,
+    learning_rate=1e-4,
+    weight_decay=1e-4,
+    clip=0.1,
+    schedule="step",
+    warmup=0.0,
+    dropout=0.1,
+    jitter_scale=20.0,
+    jitter_prob=1.0,
+    standardize=False,
+    query_std=1.0,
+    precision="float32",
+    score="l2",
+)
+
+FAST = Recipe(
+    name="fast",
+    epochs=8,
+    batch_size=16,
+    learning_rate=1e-3,
+    weight_decay=1e-4,
+    clip=1.0,
+    schedule="one_cycle",
+    warmup=0.15,
+    dropout=0.0,
+    jitter_scale=20.0,
+    jitter_prob=1.0,
+    standardize=True,
+    query_std=0.02,
+    precision="bfloat16",
+    score="whitened",
+)
+
+RECIPES = {recipe.name: recipe for recipe in (PAPER, FAST)}

@@ -1,0 +1,107 @@
+"""From images to anomaly maps and image scores.
+
+A residual is f_rec - f_org per location. How it becomes one number is the detector's `score`:
+
+    "l2"        its L2 norm over the channels (paper, section 3.3)
+    "whitened"  its Mahalanobis norm: the L2 norm after whitening by the residuals of good images, so that a channel
+                that is always reconstructed badly counts for less, and one that never fails counts for more
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backbone import Backbone
+from .model import UniAD
+
+SCORES = ("l2", "whitened")
+IMAGE_SCORES = ("max", "mean", "std")
+_POOL = 16
+
+
+class Scorer(nn.Module):
+    """Images to anomaly maps: backbone, features in the model's units, reconstruction, residual norm.
+
+    B images, C channels, H x W grid, N = H * W, S image_size.
+
+    Args:
+        backbone, model: frozen features and the network that reconstructs them.
+        image_size: S, of the images and of the maps.
+        precision: "float32" or "bfloat16" (autocast) for the model; the backbone is float32.
+        whitened: whether residuals are whitened, by the buffer `whitening` (the identity until it is set).
+
+    Its state dict is what a bundle keeps.
+    """
+
+    mean: Tensor
+    std: Tensor
+    whitening: Tensor | None
+
+    def __init__(self, backbone: Backbone, model: UniAD, image_size: int, precision: str, whitened: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.model = model
+        self.image_size = image_size
+        self.precision = precision
+        self.register_buffer("mean", torch.zeros(backbone.channels))
+        self.register_buffer("std", torch.ones(backbone.channels))
+        self.register_buffer("whitening", torch.eye(backbone.channels) if whitened else None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """images [B, 3, S, S] in [0, 1] -> features [B, N, C]."""
+        return self.backbone(images.to(self.device)).flatten(2).transpose(1, 2)
+
+    @torch.inference_mode()
+    def residual(self, tokens: Tensor) -> Tensor:
+        """tokens [B, N, C] -> f_rec - f_org [B, C, H, W], in the units that the model was trained in."""
+        target = (tokens.to(self.device) - self.mean) / self.std
+        return self._on_grid(self._reconstruct(target) - target)
+
+    @torch.inference_mode()
+    def reconstruction(self, tokens: Tensor) -> Tensor:
+        """tokens [B, N, C] -> f_rec [B, C, H, W], in the units of the backbone's features."""
+        target = (tokens.to(self.device) - self.mean) / self.std
+        return self._on_grid(self._reconstruct(target) * self.std + self.mean)
+
+    @torch.inference_mode()
+    def grids(self, tokens: Tensor) -> Tensor:
+        """tokens [B, N, C] -> anomaly scores per location [B, H, W] in float32."""
+        residual = self.residual(tokens)
+        if self.whitening is not None:
+            residual = torch.einsum("dc,bchw->bdhw", self.whitening, residual)
+        return torch.linalg.vector_norm(residual, dim=1)
+
+    def enlarge(self, grids: Tensor) -> Tensor:
+        """[B, H, W] -> anomaly maps [B, S, S], bilinear with aligned corners."""
+        size = (self.image_size, self.image_size)
+        return F.interpolate(grids[:, None], size, mode="bilinear", align_corners=True)[:, 0]
+
+    def maps(self, tokens: Tensor) -> Tensor:
+        """tokens [B, N, C] -> anomaly maps [B, S, S]."""
+        return self.enlarge(self.grids(tokens))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, S, S] in [0, 1] -> anomaly maps [B, S, S]."""
+        return self.maps(self.tokens(images))
+
+    def _reconstruct(self, target: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.model.reconstruct(target).float()
+
+    def _on_grid(self, tokens: Tensor) -> Tensor:
+        return tokens.transpose(1, 2).unflatten(2, self.model.feature_size)
+
+
+def image_scores(maps: Tensor, kind: str) -> Tensor:
+    """maps [B, S, S] -> [B]: "max" of the average-pooled map (section 3.3), or the map's "mean" or "std"."""
+    if kind == "max":
+        return F.avg_pool2d(maps[:, None], min(_POOL, *maps.shape[1:]), stride=1).amax(dim=(1, 2, 3))
+    if kind == "mean":
+        return maps.mean(dim=(1, 2))
+    if kind == "std":
+        return maps.flatten(1).std(dim=1)
+    raise ValueError(f"image_score must be one of {', '.join(IMAGE_SCORES)}, got {kind!r}")

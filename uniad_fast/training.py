@@ -1,0 +1,246 @@
+"""The training loop: from cached features to a trained `UniAD`, to be killed and resumed at any moment."""
+
+import contextlib
+import csv
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .files import atomic_path
+from .model import UniAD
+from .neighborhood import Size
+from .progress import progress
+from .recipes import Recipe
+from .transformer import DecoderLayer
+
+LOG_FIELDS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "seconds")
+_LOG_EVERY = 10
+
+
+class ResumeError(ValueError):
+    """There is no checkpoint to resume from, or it belongs to another run."""
+
+
+def build_model(channels: int, stride: int, feature_size: Size, recipe: Recipe, impl: str | None = None) -> UniAD:
+    """The paper's network for a feature map: width 256, 8 heads, 4 + 4 layers, a window of half the grid."""
+    model = UniAD(
+        inplanes=[channels],
+        instrides=[stride],
+        feature_size=feature_size,
+        feature_jitter={"scale": recipe.jitter_scale, "prob": recipe.jitter_prob},
+        neighbor_mask={"neighbor_size": tuple(max(1, n // 2) for n in feature_size), "mask": [True] * 3},
+        hidden_dim=256,
+        pos_embed_type="learned",
+        save_recon=None,
+        initializer={"method": "xavier_uniform"},
+        nhead=8,
+        num_encoder_layers=4,
+        num_decoder_layers=4,
+        dim_feedforward=1024,
+        dropout=recipe.dropout,
+        impl=impl,
+    )
+    for module in model.modules():
+        if isinstance(module, DecoderLayer):
+            nn.init.normal_(module.learned_embed.weight, std=recipe.query_std)
+    return model
+
+
+def channel_statistics(tokens: NDArray) -> tuple[Tensor, Tensor]:
+    """Mean and deviation per channel, [C] each, of tokens [images, N, C]; a constant channel has deviation 1."""
+    channels = tokens.shape[-1]
+    total, squares, count = np.zeros(channels), np.zeros(channels), 0
+    for start in range(0, len(tokens), 256):
+        chunk = tokens[start : start + 256].reshape(-1, channels).astype(np.float64)
+        total += chunk.sum(axis=0)
+        squares += np.square(chunk).sum(axis=0)
+        count += len(chunk)
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    std[std < 1e-6 * (np.abs(mean) + 1e-6)] = 1
+    return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
+
+
+def train(
+    model: UniAD,
+    tokens: NDArray,
+    recipe: Recipe,
+    seed: int,
+    mean: Tensor,
+    std: Tensor,
+    directory: str | os.PathLike,
+    run: dict[str, Any],
+    resume: bool = False,
+    checkpoint_seconds: float = 60.0,
+    quiet: bool = False,
+) -> None:
+    """Train `model` in place on tokens [images, N, C] to reconstruct (tokens - mean) / std.
+
+    Args:
+        directory: gets `log.csv` and `checkpoint.pt`, the latter every `checkpoint_seconds` and at the end.
+        run: what identifies this run (JSON values); a checkpoint of another one is not resumed.
+        resume: go on from the checkpoint, to the same numbers as an unbroken run; without one, start.
+
+    Raises:
+        ResumeError: the checkpoint is damaged or of another run; says what differs.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    device = model.input_proj.weight.device
+    steps_per_epoch = max(1, len(tokens) // recipe.batch_size)
+    total = recipe.epochs * steps_per_epoch
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    scheduler = _scheduler(optimizer, recipe, total)
+    run = json.loads(json.dumps({**run, "recipe": asdict(recipe), "seed": seed, "images": len(tokens)}))
+    mean, std = mean.to(device), std.to(device)
+
+    with seeded_generators(seed, device):
+        checkpoint = _Checkpoint(directory / "checkpoint.pt", run, model, optimizer, scheduler)
+        step = checkpoint.load() if resume else 0
+        model.train()
+        log = _Log(directory / "log.csv", keep_below=step)
+        with log, progress("training", total * recipe.batch_size, step * recipe.batch_size, quiet=quiet) as bar:
+            saved = time.monotonic()
+            while step < total:
+                epoch, position = divmod(step, steps_per_epoch)
+                batch = _batch(tokens, epoch, position, recipe.batch_size, seed)
+                target = (batch.to(device) - mean) / std
+                with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+                    reconstruction = model.reconstruct(target)
+                loss = F.mse_loss(reconstruction.float(), target)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+                optimizer.step()
+                log.add(step, epoch, loss, float(scheduler.get_last_lr()[0]), norm)
+                scheduler.step()
+                step += 1
+                bar.update(recipe.batch_size)
+                if step % _LOG_EVERY == 0:
+                    bar.set_postfix(loss=f"{log.last_loss:.4f}", epoch=f"{epoch + 1}/{recipe.epochs}")
+                if step == total or time.monotonic() - saved >= checkpoint_seconds:
+                    log.flush()
+                    checkpoint.save(step)
+                    saved = time.monotonic()
+    model.eval()
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int) -> torch.optim.lr_scheduler.LRScheduler:
+    if recipe.schedule == "one_cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, recipe.learning_rate, total_steps=max(total, 2), pct_start=recipe.warmup
+        )
+    if recipe.schedule == "step":
+        return torch.optim.lr_scheduler.StepLR(optimizer, step_size=max(1, round(0.8 * total)), gamma=0.1)
+    raise ValueError(f"schedule must be 'step' or 'one_cycle', got {recipe.schedule!r}")
+
+
+def _batch(tokens: NDArray, epoch: int, position: int, batch_size: int, seed: int) -> Tensor:
+    """A batch of the epoch's own order, which depends on nothing but seed and epoch."""
+    order = np.random.default_rng((seed, epoch)).permutation(len(tokens))
+    rows = order[position * batch_size : (position + 1) * batch_size]
+    return torch.from_numpy(tokens[np.sort(rows)])
+
+
+@contextlib.contextmanager
+def seeded_generators(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's generators seeded for a run, and given back as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class _Checkpoint:
+    """Everything a run depends on at a step: parameters, optimiser, schedule, generators."""
+
+    def __init__(
+        self,
+        path: Path,
+        run: dict[str, Any],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+    ) -> None:
+        self._path = path
+        self._run = run
+        self._parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+
+    def save(self, step: int) -> None:
+        content = {name: part.state_dict() for name, part in self._parts.items()}
+        content |= {"run": json.dumps(self._run), "step": step, "generator": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            content["cuda_generators"] = torch.cuda.get_rng_state_all()
+        with atomic_path(self._path) as path:
+            torch.save(content, path)
+
+    def load(self) -> int:
+        """The step it was saved at; 0 if there is none yet (killed before the first)."""
+        if not self._path.exists():
+            return 0
+        try:
+            content = torch.load(self._path, map_location="cpu", weights_only=True)
+            run = json.loads(content["run"])
+        except Exception as error:  # torch.load raises many kinds for a damaged file
+            raise ResumeError(f"{self._path} is not a checkpoint that can be read: {error}") from error
+        differing = sorted(name for name in self._run.keys() | run.keys() if self._run.get(name) != run.get(name))
+        if differing:
+            changes = "; ".join(f"{n}: was {run.get(n)}, is {self._run.get(n)}" for n in differing)
+            raise ResumeError(f"{self._path} is the checkpoint of another run ({changes})")
+        for name, part in self._parts.items():
+            part.load_state_dict(content[name])
+        torch.set_rng_state(content["generator"])
+        if torch.cuda.is_available() and "cuda_generators" in content:
+            torch.cuda.set_rng_state_all(content["cuda_generators"])
+        return content["step"]
+
+
+class _Log:
+    """A CSV row a step. Losses stay on the device until a few rows are written together."""
+
+    def __init__(self, path: Path, keep_below: int) -> None:
+        self._pending: list[tuple[int, int, Tensor, float, Tensor, float]] = []
+        self._started = time.monotonic()
+        self.last_loss = float("nan")
+        kept: list[dict[str, str]] = []
+        if keep_below and path.exists():
+            with open(path, newline="") as file:
+                kept = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) < keep_below]
+            self._started -= float(kept[-1]["seconds"]) if kept else 0
+        with atomic_path(path) as partial, open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, LOG_FIELDS)
+            writer.writeheader()
+            writer.writerows(kept)
+        self._file = open(path, "a", newline="")  # noqa: SIM115, closed by __exit__
+        self._writer = csv.writer(self._file)
+
+    def add(self, step: int, epoch: int, loss: Tensor, learning_rate: float, norm: Tensor) -> None:
+        seconds = time.monotonic() - self._started
+        self._pending.append((step, epoch, loss.detach(), learning_rate, norm.detach(), seconds))
+        if len(self._pending) >= _LOG_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        for step, epoch, loss, learning_rate, norm, seconds in self._pending:
+            self.last_loss = loss.item()
+            self._writer.writerow(
+                [step, epoch, f"{self.last_loss:.6g}", f"{learning_rate:.6g}", f"{norm.item():.6g}", f"{seconds:.2f}"]
+            )
+        self._pending.clear()
+        self._file.flush()
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+        self._file.close()

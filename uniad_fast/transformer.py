@@ -1,0 +1,208 @@
+"""UniAD's transformer: neighbour-masked encoder (NME) and layer-wise query decoder (LQD), paper section 3.2.
+
+Inside, everything is batch first: B batch, N = height * width tokens, C hidden width. Module and parameter
+names are the public code's, so that its state dicts load.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import NeighborMaskedAttention
+from .kept import Kept
+from .neighborhood import Size
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "glu": F.glu}
+
+
+class Transformer(nn.Module):
+    """Encoder and decoder over one token grid.
+
+    Args:
+        hidden_dim, nhead, dim_feedforward, dropout: widths, heads, and the one dropout probability of attention,
+            FFN and residuals.
+        feature_size: (height, width) of the grid.
+        neighbor_sizes: the hidden window of the encoder's attention and of the decoder's first and second; None
+            for full attention.
+        activation: "relu", "gelu" or "glu" ("glu" doubles the output of `linear1`, which it halves again).
+        normalize_before: pre-norm layers; the encoder then ends in a LayerNorm, as the decoder always does.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        feature_size: Size,
+        neighbor_sizes: tuple[Size | None, Size | None, Size | None],
+        nhead: int,
+        num_encoder_layers: int,
+        num_decoder_layers: int,
+        dim_feedforward: int,
+        dropout: float,
+        activation: str,
+        normalize_before: bool,
+        impl: str | None,
+    ) -> None:
+        super().__init__()
+        encoder_window, *decoder_windows = neighbor_sizes
+
+        def attention(window: Size | None) -> NeighborMaskedAttention:
+            return NeighborMaskedAttention(
+                hidden_dim, nhead, feature_size, window, dropout, batch_first=True, impl=impl
+            )
+
+        self.encoder = Encoder(
+            [
+                EncoderLayer(attention(encoder_window), dim_feedforward, dropout, activation, normalize_before)
+                for _ in range(num_encoder_layers)
+            ],
+            nn.LayerNorm(hidden_dim) if normalize_before else None,
+        )
+        self.decoder = Decoder(
+            [
+                DecoderLayer(
+                    attention(decoder_windows[0]),
+                    attention(decoder_windows[1]),
+                    dim_feedforward,
+                    dropout,
+                    activation,
+                    normalize_before,
+                )
+                for _ in range(num_decoder_layers)
+            ],
+            nn.LayerNorm(hidden_dim),
+        )
+
+    def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """tokens [B, N, C], position [N, C] -> reconstructed tokens [B, N, C]."""
+        return self.decoder(self.encoder(tokens, position), position)
+
+
+class Encoder(nn.Module):
+    def __init__(self, layers: list["EncoderLayer"], norm: nn.Module | None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+
+    def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
+        for layer in self.layers:
+            tokens = layer(tokens, position)
+        return tokens if self.norm is None else self.norm(tokens)
+
+
+class Decoder(nn.Module):
+    def __init__(self, layers: list["DecoderLayer"], norm: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+
+    def forward(self, memory: Tensor, position: Tensor) -> Tensor:
+        out = memory
+        for layer in self.layers:
+            out = layer(out, memory, position)
+        return self.norm(out)
+
+
+class _Layer(nn.Module):
+    """What both kinds of layer have: the two-layer FFN and the choice of pre- or post-norm."""
+
+    def __init__(
+        self, hidden_dim: int, dim_feedforward: int, dropout: float, activation: str, normalize_before: bool
+    ) -> None:
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        self.activation = activation
+        self.normalize_before = normalize_before
+        self.linear1 = nn.Linear(hidden_dim, dim_feedforward * (2 if activation == "glu" else 1))
+        self.linear2 = nn.Linear(dim_feedforward, hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def residual(self, norm: nn.Module, tokens: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+        """tokens + block(tokens) with the norm before the block or after the sum."""
+        if self.normalize_before:
+            return tokens + self.dropout(block(norm(tokens)))
+        return norm(tokens + self.dropout(block(tokens)))
+
+    def feed_forward(self, tokens: Tensor) -> Tensor:
+        return self.linear2(self.dropout(_ACTIVATIONS[self.activation](self.linear1(tokens))))
+
+
+class EncoderLayer(_Layer):
+    def __init__(
+        self,
+        self_attn: NeighborMaskedAttention,
+        dim_feedforward: int,
+        dropout: float,
+        activation: str,
+        normalize_before: bool,
+    ) -> None:
+        super().__init__(self_attn.embed_dim, dim_feedforward, dropout, activation, normalize_before)
+        self.self_attn = self_attn
+        self.norm1 = nn.LayerNorm(self_attn.embed_dim)
+        self.norm2 = nn.LayerNorm(self_attn.embed_dim)
+
+    def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
+        def attend(x: Tensor) -> Tensor:
+            query_key = x + position
+            return self.self_attn(query_key, query_key, x)[0]
+
+        tokens = self.residual(self.norm1, tokens, attend)
+        return self.residual(self.norm2, tokens, self.feed_forward)
+
+
+class DecoderLayer(_Layer):
+    """Learned query -> encoder output -> previous layer's output -> FFN, each with its residual and norm."""
+
+    def __init__(
+        self,
+        self_attn: NeighborMaskedAttention,
+        multihead_attn: NeighborMaskedAttention,
+        dim_feedforward: int,
+        dropout: float,
+        activation: str,
+        normalize_before: bool,
+    ) -> None:
+        hidden_dim = self_attn.embed_dim
+        super().__init__(hidden_dim, dim_feedforward, dropout, activation, normalize_before)
+        height, width = self_attn.feature_size
+        self.learned_embed = nn.Embedding(height * width, hidden_dim)
+        self.self_attn = self_attn
+        self.multihead_attn = multihead_attn
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.norm2 = nn.LayerNorm(hidden_dim)
+        self.norm3 = nn.LayerNorm(hidden_dim)
+        self._query = Kept()
+
+    def forward(self, out: Tensor, memory: Tensor, position: Tensor) -> Tensor:
+        def attend_memory(_: Tensor) -> Tensor:
+            return self.self_attn.attend(self.learned_query(position), memory + position, memory)
+
+        def attend_previous(x: Tensor) -> Tensor:
+            return self.multihead_attn(x + position, out + position, out)[0]
+
+        embed = self.learned_embed.weight[None]  # [1, N, C], broadcast over the batch by what it meets
+        if self.normalize_before:
+            tokens = embed + self.dropout(attend_memory(embed))
+        else:
+            tokens = self.norm1(embed + self.dropout(attend_memory(embed)))
+        tokens = self.residual(self.norm2, tokens, attend_previous)
+        return self.residual(self.norm3, tokens, self.feed_forward)
+
+    def learned_query(self, position: Tensor) -> Tensor:
+        """The first attention's projected query [1, heads, N, head_dim]: once a step, once at all in evaluation."""
+
+        def project() -> Tensor:
+            embed = self.learned_embed.weight[None]
+            if self.normalize_before:
+                embed = self.norm1(embed)
+            return self.self_attn.project_query(embed + position)
+
+        sources = [position, self.learned_embed.weight, *self.norm1.parameters(), self.self_attn.in_proj_weight]
+        if self.self_attn.in_proj_bias is not None:
+            sources.append(self.self_attn.in_proj_bias)
+        return self._query.get(sources, project)
+
+    def train(self, mode: bool = True) -> "DecoderLayer":
+        self._query.clear()
+        return super().train(mode)
