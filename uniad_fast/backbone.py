@@ -31,6 +31,7 @@ class Backbone(nn.Module):
         name: timm model name.
         out_indices: feature levels used, timm's numbering.
         channels: of the concatenated feature map.
+        deepest: those of them that are the last stage's.
         stride: of its grid in the image.
     """
 
@@ -45,6 +46,7 @@ class Backbone(nn.Module):
         self.features = features.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         info = features.feature_info
         self.channels = sum(info.channels())
+        self.deepest = slice(self.channels - info.channels()[-1], self.channels)
         self.stride = max(info.reduction())
         self.channels_last_output = str(getattr(features, "output_fmt", "NCHW")).endswith("NHWC")
         # What the backbone was trained with: ImageNet's figures for the paper's b4, 0.5 for the lite ones.

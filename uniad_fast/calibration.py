@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from .scoring import Scorer, image_scores
 
 _BATCH = 32
 _WHITENING_IMAGES = 512
-_SHRINKAGE = 1e-3
+_SHRINKAGE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Calibration:
     held_out_mean: float
     held_out_std: float
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Calibration":
+        """From what `dataclasses.asdict` gave, after JSON made a list of the tuple."""
+        low, high = content["color_range"]
+        return cls(**(content | {"color_range": (low, high)}))
+
 
 def calibrate(scorer: Scorer, tokens: NDArray, image_score: str, false_alarm_rate: float) -> Calibration:
     """Figures from the features [images, N, C] of good images that were held out."""
@@ -47,15 +54,16 @@ def calibrate(scorer: Scorer, tokens: NDArray, image_score: str, false_alarm_rat
 
 
 def residual_whitening(scorer: Scorer, tokens: NDArray) -> Tensor:
-    """[C, C] float32 that makes the residuals of these features [images, N, C] white.
+    """[C', C'] float32 that makes the deepest stage's residuals of these features [images, N, C] white.
 
     A share of the mean variance is added to every direction, so that those in which good images never fail do not
     drown the rest. Some hundred images, evenly picked, stand for all.
     """
-    channels = tokens.shape[-1]
+    deepest = scorer.backbone.deepest
+    channels = deepest.stop - deepest.start
     covariance, count = torch.zeros(channels, channels, dtype=torch.float64), 0
     for batch in _batches(tokens[:: max(1, len(tokens) // _WHITENING_IMAGES)]):
-        rows = scorer.residual(batch).transpose(0, 1).flatten(1).double().cpu()  # [C, B * N]
+        rows = scorer.residual(batch)[:, deepest].transpose(0, 1).flatten(1).double().cpu()  # [C', B * N]
         covariance += rows @ rows.T
         count += rows.shape[1]
     covariance /= count

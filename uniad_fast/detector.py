@@ -288,7 +288,7 @@ class AnomalyDetector:
             check_state_dict(tensors, scorer.state_dict(), "the bundle's tensors")
             scorer.load_state_dict(tensors)
             detector._scorer = scorer.to(detector.device).eval()
-            detector._calibration = Calibration(**config["calibration"])
+            detector._calibration = Calibration.from_json(config["calibration"])
             detector.classes = list(config["classes"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise BundleError(f"{directory} is a damaged bundle: {type(error).__name__}: {error}") from error

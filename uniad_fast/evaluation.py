@@ -91,8 +91,10 @@ def _score(
     grids: list[torch.Tensor] = []
     unreadable: list[str] = []
     with progress("scoring", len(samples), quiet=quiet) as bar:
+        start = 0
         for batch in read_batches([sample.path for sample in samples], detector.image_size):
-            readable = [samples[bar.n + position] for position in batch.used]
+            readable = [samples[start + position] for position in batch.used]
+            start += batch.size
             if readable:
                 tokens = scorer.tokens(batch.images)
                 grids.append(scorer.grids(tokens).cpu())

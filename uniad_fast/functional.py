@@ -150,15 +150,15 @@ def size_pair(name: str, size: Size) -> Size:
 def _check_attention(query: Tensor, key: Tensor, value: Tensor, feature_size: Size) -> None:
     _check_same_kind(query=query, key=key, value=value)
     shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in (("query", query), ("key", key), ("value", value)))
+    tokens = feature_size[0] * feature_size[1]
+    if any(t.ndim == 4 and t.shape[2] != tokens for t in (query, key, value)):
+        raise ValueError(f"feature_size {feature_size} has {tokens} tokens, got {shapes}")
     if key.ndim != 4 or key.shape != value.shape:
         raise ValueError(f"key and value must both be [B, heads, N, head_dim], got {shapes}")
     if query.ndim != 4 or query.shape[1:] != key.shape[1:] or query.shape[0] not in (1, key.shape[0]):
         raise ValueError(f"query must have the shape of key, or batch 1, got {shapes}")
     if min(key.shape[1], key.shape[3]) < 1:
         raise ValueError(f"heads and head_dim must be at least 1, got {shapes}")
-    height, width = feature_size
-    if key.shape[2] != height * width:
-        raise ValueError(f"feature_size {feature_size} has {height * width} tokens, got {shapes}")
 
 
 def _check_same_kind(**tensors: Tensor) -> None:

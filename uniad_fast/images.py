@@ -29,13 +29,13 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     path = Path(path)
     try:
         if path.stat().st_size == 0:
-            raise UnreadableImage(f"{path}: the file is empty")
+            raise UnreadableImage("the file is empty")
         with Image.open(path) as file:
             image: Image.Image = ImageOps.exif_transpose(file)
             image.load()
             return to_rgb(image)
-    except UnreadableImage:
-        raise
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{path}: {error}") from None
     except Exception as error:  # Pillow's plugins raise many kinds; each means that this file is not usable
         raise UnreadableImage(f"{path}: {type(error).__name__}: {error}") from error
 

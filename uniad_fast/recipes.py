@@ -56,7 +56,7 @@ PAPER = Recipe(
 
 FAST = Recipe(
     name="fast",
-    epochs=8,
+    epochs=5,
     batch_size=16,
     learning_rate=1e-3,
     weight_decay=1e-4,

@@ -64,7 +64,7 @@ def jitter_project(
     out = torch.nn.functional.linear(
         noisy, _at_least_float32(weight), None if bias is None else _at_least_float32(bias)
     )
-    return out.view(*tokens.shape[:-1], -1).to(tokens.dtype)
+    return out.view(*tokens.shape[:-1], weight.shape[0]).to(tokens.dtype)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -54,8 +54,10 @@ def scan_images(
     rows: list[dict[str, Any]] = []
     unreadable: list[str] = []
     with progress("scoring", len(named), quiet=quiet) as bar:
+        start = 0
         for batch in read_batches([path for path, _ in named], detector.image_size, batch_size):
-            readable = [named[bar.n + position] for position in batch.used]
+            readable = [named[start + position] for position in batch.used]
+            start += batch.size
             predictions = detector.predict_tensors(batch.images) if readable else []
             for (path, name), prediction in zip(readable, predictions, strict=True):
                 picture = None

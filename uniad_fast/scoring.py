@@ -3,8 +3,8 @@
 A residual is f_rec - f_org per location. How it becomes one number is the detector's `score`:
 
     "l2"        its L2 norm over the channels (paper, section 3.3)
-    "whitened"  its Mahalanobis norm: the L2 norm after whitening by the residuals of good images, so that a channel
-                that is always reconstructed badly counts for less, and one that never fails counts for more
+    "whitened"  the Mahalanobis norm of its deepest stage: the L2 norm after whitening by the residuals of good
+                images, so that what is always reconstructed badly counts for less, and what never fails for more
 """
 
 import torch
@@ -45,7 +45,8 @@ class Scorer(nn.Module):
         self.precision = precision
         self.register_buffer("mean", torch.zeros(backbone.channels))
         self.register_buffer("std", torch.ones(backbone.channels))
-        self.register_buffer("whitening", torch.eye(backbone.channels) if whitened else None)
+        deepest = backbone.deepest.stop - backbone.deepest.start
+        self.register_buffer("whitening", torch.eye(deepest) if whitened else None)
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +73,7 @@ class Scorer(nn.Module):
         """tokens [B, N, C] -> anomaly scores per location [B, H, W] in float32."""
         residual = self.residual(tokens)
         if self.whitening is not None:
-            residual = torch.einsum("dc,bchw->bdhw", self.whitening, residual)
+            residual = torch.einsum("dc,bchw->bdhw", self.whitening, residual[:, self.backbone.deepest])
         return torch.linalg.vector_norm(residual, dim=1)
 
     def enlarge(self, grids: Tensor) -> Tensor:

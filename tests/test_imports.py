@@ -1,0 +1,93 @@
+"""Who may import whom, and how little `import uniad_fast` brings along."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "uniad_fast"
+# A file may import from its own layer's earlier files and from lower layers, never from a higher one.
+LAYERS = [
+    {"noise", "neighborhood", "files", "kept", "progress", "images", "metrics", "recipes", "initialize"},
+    {"reference", "stock", "weights", "data", "heatmap", "position", "bundle"},
+    {"functional"},
+    {"attention", "backbone", "testing"},
+    {"transformer", "features"},
+    {"model"},
+    {"scoring", "training", "doctor"},
+    {"calibration"},
+    {"detector", "__init__"},
+    {"evaluation"},
+    {"report"},
+    {"scan", "demo"},
+    {"cli"},
+]
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of absolute imports, and '.name' for relative ones, anywhere in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            found |= {"." + node.module.split(".")[0]} if node.module else {"." + a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_the_arrows_of_the_package_point_down():
+    layer_of = {name: level for level, names in enumerate(LAYERS) for name in names}
+    assert set(layer_of) == {path.stem for path in PACKAGE.glob("*.py")}, "say in LAYERS where a new file belongs"
+    for path in PACKAGE.glob("*.py"):
+        for target in imports(path):
+            if target.startswith(".") and target[1:] in layer_of:
+                assert layer_of[target[1:]] <= layer_of[path.stem], f"{path.stem} imports {target}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.stem)
+def test_kernels_import_torch_and_triton_only(path):
+    allowed = set(sys.stdlib_module_names) | {"torch", "triton"}
+    assert {name for name in imports(path) if not name.startswith(".")} <= allowed
+
+
+def test_nothing_imports_the_kernels_under_their_second_name():
+    for path in [*PACKAGE.glob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "bench").glob("*.py")]:
+        assert "kernels" not in imports(path), f"{path} must import uniad_fast.kernels"
+
+
+def test_bench_does_not_import_tests():
+    tests = {path.stem for path in (ROOT / "tests").glob("*.py")} - {"conftest"}
+    for path in (ROOT / "bench").glob("*.py"):
+        assert not imports(path) & (tests | {"tests"}), path
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout
+
+
+def test_import_is_light():
+    heavy = ("triton", "timm", "PIL", "scipy", "typer", "safetensors")
+    assert run(f"import uniad_fast, sys; print([m for m in {heavy} if m in sys.modules])").strip() == "[]"
+
+
+def test_import_takes_little_more_than_torch():
+    code = (
+        "import time; import torch, torch.nn; start = time.perf_counter(); import uniad_fast; "
+        "print(time.perf_counter() - start)"
+    )
+    assert min(float(run(code)) for _ in range(3)) < 0.1
+
+
+def test_it_works_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import uniad_fast, torch; q = torch.randn(1, 2, 20, 8); "
+    assert run(code + "print(uniad_fast.neighbor_masked_attention(q, q, q, (4, 5), (3, 3)).shape)").strip()
+
+
+def test_the_installed_package_has_everything():
+    names = run("import uniad_fast as u, uniad_fast.kernels; print(all(hasattr(u, n) for n in u.__all__))")
+    assert names.strip() == "True"

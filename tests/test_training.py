@@ -1,0 +1,139 @@
+"""The loop: it learns, it logs, and killed at any moment it goes on to the same weights."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from uniad_fast.recipes import FAST, PAPER
+from uniad_fast.training import ResumeError, build_model, channel_statistics, train
+
+TOKENS = np.random.default_rng(0).normal(2, 3, (12, 16, 6)).astype(np.float32)
+RECIPE = replace(FAST, epochs=4, batch_size=5, precision="float32", dropout=0.1)
+
+
+def run(directory, recipe=RECIPE, seed=0, tokens=TOKENS, **options):
+    torch.manual_seed(seed)
+    model = build_model(6, 16, (4, 4), recipe)
+    train(model, tokens, recipe, seed, *channel_statistics(tokens), directory, {}, quiet=True, **options)
+    return model
+
+
+def rows(directory):
+    with open(directory / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_it_learns_and_logs(tmp_path):
+    recipe = replace(RECIPE, epochs=40, dropout=0.0, jitter_scale=0.0)
+    model = run(tmp_path, recipe)
+    log = rows(tmp_path)
+    assert [int(row["step"]) for row in log] == list(range(80))  # 12 images make two full batches of 5
+    losses = [float(row["loss"]) for row in log]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    assert not model.training
+
+
+def test_the_same_seed_gives_the_same_weights_and_leaves_the_users_generator_alone(tmp_path):
+    first = run(tmp_path / "a").state_dict()
+    torch.manual_seed(77)
+    expected = torch.rand(3)
+    torch.manual_seed(77)
+    model = build_model(6, 16, (4, 4), RECIPE)
+    torch.manual_seed(77)
+    train(model, TOKENS, RECIPE, 0, *channel_statistics(TOKENS), tmp_path / "c", {}, quiet=True)
+    assert torch.equal(torch.rand(3), expected)
+    second = run(tmp_path / "b").state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = run(tmp_path / "d", seed=1).state_dict()
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    import test_training
+    import uniad_fast.training as training
+
+    save = training._Checkpoint.save
+    def save_and_count(checkpoint, step):
+        save(checkpoint, step)
+        print(step, flush=True)
+    training._Checkpoint.save = save_and_count
+    step_of = training._batch
+    def slow_batch(*args):
+        import time; time.sleep(0.05)
+        return step_of(*args)
+    training._batch = slow_batch
+    test_training.run(Path({directory!r}), test_training.LONG, checkpoint_seconds=0.2, resume={resume})
+"""
+LONG = replace(RECIPE, epochs=20)
+
+
+@pytest.mark.parametrize("kills", [1, 3])
+def test_sigkill_at_any_moment_loses_at_most_an_interval(tmp_path, kills):
+    unbroken = run(tmp_path / "unbroken", LONG).state_dict()
+    directory = tmp_path / "killed"
+    for number in range(kills):
+        code = textwrap.dedent(KILLED).format(
+            tests=os.path.dirname(__file__), directory=str(directory), resume=number > 0
+        )
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()  # one checkpoint is there
+        time.sleep(np.random.default_rng(number).uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert (directory / "checkpoint.pt").exists()
+    resumed = run(directory, LONG, resume=True).state_dict()
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+    log, expected = rows(directory), rows(tmp_path / "unbroken")
+    assert [(r["step"], r["loss"]) for r in log] == [(r["step"], r["loss"]) for r in expected]
+
+
+def test_resume_before_the_first_checkpoint_starts(tmp_path):
+    assert len(rows_after := run(tmp_path, resume=True).state_dict()) and rows_after
+
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path):
+    run(tmp_path)
+    with pytest.raises(ResumeError, match="another run .*recipe"):
+        run(tmp_path, replace(RECIPE, epochs=5), resume=True)
+    with pytest.raises(ResumeError, match="images: was 12, is 11"):
+        run(tmp_path, tokens=TOKENS[:11], resume=True)
+    (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
+    with pytest.raises(ResumeError, match="not a checkpoint that can be read"):
+        run(tmp_path, resume=True)
+
+
+def test_fewer_images_than_a_batch(tmp_path):
+    run(tmp_path, tokens=TOKENS[:2])
+    assert len(rows(tmp_path)) == 4
+
+
+def test_channel_statistics():
+    mean, std = channel_statistics(np.concatenate([TOKENS, np.full_like(TOKENS, 5)], axis=-1))
+    flat = TOKENS.reshape(-1, 6)
+    np.testing.assert_allclose(mean[:6], flat.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(std[:6], flat.std(0), rtol=1e-4)
+    assert (mean[6:] == 5).all() and (std[6:] == 1).all()  # a constant channel is not blown up
+
+
+def test_the_papers_recipe():
+    assert (PAPER.learning_rate, PAPER.weight_decay, PAPER.clip, PAPER.batch_size) == (1e-4, 1e-4, 0.1, 8)
+    assert (PAPER.dropout, PAPER.jitter_scale, PAPER.jitter_prob, PAPER.epochs) == (0.1, 20, 1, 1000)
+
+
+def test_the_papers_schedule_falls_at_four_fifths(tmp_path):
+    run(tmp_path, replace(PAPER, epochs=5, batch_size=6))
+    rates = [float(row["learning_rate"]) for row in rows(tmp_path)]
+    assert rates == pytest.approx([1e-4] * 8 + [1e-5] * 2)
