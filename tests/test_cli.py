@@ -105,9 +105,8 @@ def test_score_exits_zero_when_all_is_good_and_two_on_an_error(trained, made_up_
     assert "0 of 8 images are defective" in output and not (tmp_path / "heatmaps").exists()
     bad = tmp_path / "bad.png"
     bad.write_text("no image")
-    output = call(
-        "score", trained[0], bad, images[0], images[4], "-o", tmp_path / "o", "--threshold", 1e9, "-q", code=2
-    )
+    files = [bad, images[0], images[4]]
+    output = call("score", trained[0], *files, "-o", tmp_path / "o", "--threshold", 1e9, "-q", code=2)
     assert re.search(r"left out: .*bad\.png", output) and "0 of 2 images" in output
     assert sorted(p.name for p in (tmp_path / "o/heatmaps").iterdir()) == ["000-2.png.png", "000.png.png"]
 
@@ -117,10 +116,7 @@ def test_score_exits_zero_when_all_is_good_and_two_on_an_error(trained, made_up_
     [
         (["train", "{tmp}/none", "-o", "{tmp}/b"], "neither a folder nor a file"),
         (["train", "{tmp}", "-o", "{tmp}/b"], "no images in"),
-        (
-            ["train", "{data}", "-o", "{tmp}", "--backbone", "resnet10t", "--backbone-weights", "{tmp}/w.pth"],
-            "other content",
-        ),
+        (["train", "{data}", "-o", "{tmp}"], "other content"),
         (["train", "{data}", "-o", "{tmp}/b", "--backbone-weights", "{tmp}/w.pth"], "no weight file at"),
         (["train", "{data}", "-o", "{tmp}/b", "--held-out", "2"], "held_out must be in (0, 1), got 2"),
         (["eval", "{tmp}", "{data}"], "is not a bundle: it has no config.json"),
@@ -139,12 +135,15 @@ def test_errors_are_one_message_and_exit_two(trained, made_up_classes, tmp_path,
 def test_killed_training_goes_on_with_resume(trained, made_up_classes, train_options, tmp_path):
     """SIGKILL in mid-training; then the same command with --resume ends in the same tensors as an unbroken run."""
     bundle = tmp_path / "bundle"
-    slow = (
-        "import sys, uniad_fast.training as t, time; b = t._batch; t._batch = lambda *a: (time.sleep(0.3), b(*a))[1]; "
-    )
-    fast = "i = t._Checkpoint.save; from uniad_fast import detector as d; f = d.train; "
-    often = "d.train = lambda *a, **k: f(*a, **(k | dict(checkpoint_seconds=0.0))); "
-    code = slow + fast + often + "from uniad_fast.cli import app; app(sys.argv[1:])"
+    code = """
+import sys, time
+from uniad_fast import cli, detector, training
+
+batch, train = training._batch, detector.train
+training._batch = lambda *args: (time.sleep(0.3), batch(*args))[1]
+detector.train = lambda *args, **options: train(*args, **(options | {"checkpoint_seconds": 0.0}))
+cli.app(sys.argv[1:])
+"""
     command = ["train", made_up_classes, "-o", bundle, *train_options]
     process = subprocess.Popen([sys.executable, "-c", code, *map(str, command)])
     checkpoint = tmp_path / "bundle.training/checkpoint.pt"

@@ -1,0 +1,54 @@
+"""The README keeps its word: its commands exist, its Python runs, its files are there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from uniad_fast.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def commands() -> list[str]:
+    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [part.strip() for line in joined.splitlines() for part in line.split("&&") if part.strip()]
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("uniad-fast")])
+def test_commands_parse(command):
+    """Names and options are the command line's own; test_cli runs each of these commands."""
+    name, *arguments = shlex.split(command)[1:]
+    subcommand = get_command(app).commands[name]
+    subcommand.make_context(name, arguments)
+
+
+def test_every_command_is_of_a_kind_that_is_run():
+    known = ("uniad-fast ", "pip install ", "python3 -m venv ", ". .venv/bin/activate", "pytest", "git clone", "cd ")
+    assert commands()
+    for command in commands():
+        assert command.startswith(known), command
+
+
+def test_the_python_runs(made_up_classes, tmp_path, monkeypatch):
+    code = "\n".join(blocks("python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    good, image = made_up_classes / "class0/train/good", made_up_classes / "class0/test/square/000.png"
+    assert "path/to/good/images" in code and "path/to/image.png" in code
+    code = code.replace("path/to/good/images", str(good)).replace("path/to/image.png", str(image))
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_files_it_shows_are_there():
+    links = re.findall(r"\]\((?!http)([^)#]+)", README)
+    assert any(link.endswith(".png") for link in links)
+    for link in links:
+        assert (ROOT / link).exists(), link
