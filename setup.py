@@ -31,6 +31,10 @@ setup(
         "tqdm>=4.66",
         "typer>=0.20",
     ],
-    extras_require={"demo": DEMO, "test": TEST, "dev": [*TEST, "ruff>=0.6", "mypy>=1.11", "pre-commit>=3"]},
+    extras_require={
+        "demo": DEMO,
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.6", "mypy>=1.11", "pre-commit>=3", "scikit-image>=0.22"],
+    },
     entry_points={"console_scripts": ["uniad-fast = uniad_fast.cli:main"]},
 )

@@ -4,16 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import MODEL, ModelCase
-from conftest import synchronized_clock
+from conftest import IMPLEMENTED, synchronized_clock
 from torch import nn
 
 from uniad_fast import UniAD
-from uniad_fast.functional import IMPLS
 from uniad_fast.testing import PublicUniAD
 
 CASES = pytest.mark.parametrize("case", MODEL, ids=lambda case: case.name)
-# The reference is the definition, written to be read: there is nothing to learn from its time.
-IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["public", *(i for i in IMPLS if i != "reference")])
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", IMPLEMENTED)
 
 
 def build(case: ModelCase, implementation: str, device: torch.device) -> nn.Module:

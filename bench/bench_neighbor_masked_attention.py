@@ -6,16 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import ATTENTION, AttentionCase
-from conftest import synchronized_clock
+from conftest import IMPLEMENTED, synchronized_clock
 from torch import Tensor
 
 from uniad_fast import neighbor_masked_attention
-from uniad_fast.functional import IMPLS
 from uniad_fast.testing import PublicUniAD
 
 CASES = pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
-# The reference is the definition, written to be read: there is nothing to learn from its time.
-IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["public", *(i for i in IMPLS if i != "reference")])
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", IMPLEMENTED)
 
 
 def attention(implementation: str, case: AttentionCase, dropout_p: float) -> Callable[..., Tensor]:
@@ -28,9 +26,7 @@ def attention(implementation: str, case: AttentionCase, dropout_p: float) -> Cal
 
     def public(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         mask = masks.generate_mask(query.device).to(query.dtype)
-        scores = torch.baddbmm(
-            mask, query.flatten(0, 1) * query.shape[-1] ** -0.5, key.flatten(0, 1).transpose(1, 2)
-        )
+        scores = torch.baddbmm(mask, query.flatten(0, 1) * query.shape[-1] ** -0.5, key.flatten(0, 1).transpose(1, 2))
         weights = F.dropout(scores.softmax(dim=-1), dropout_p)
         out = torch.bmm(weights, value.flatten(0, 1)).view_as(query)
         weights.view(*query.shape[:2], *weights.shape[1:]).mean(dim=1)  # need_weights, averaged over the heads

@@ -12,6 +12,9 @@ from cases import AttentionCase, ModelCase
 
 Case = AttentionCase | ModelCase
 
+# The reference is the definition, written to be read, and Triton's interpreter is for tests: their time says nothing.
+IMPLEMENTED = ["public", "torch", *(["triton"] if torch.cuda.is_available() else [])]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to measure")

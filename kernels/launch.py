@@ -1,50 +1,27 @@
-"""From tensors to kernel launches: allocate, choose the tiles, compute the grid. No mathematics, no checks of users.
-
-Tiles are literal lists with a reason each; `attention_config` picks by what decides: the bytes of an element and the
-width of a head. Nothing is tuned at run time, so nothing has to be cached or can differ between two runs.
-"""
+"""From tensors to kernel launches: allocate, choose the tiles, compute the grid. No mathematics, no checks of users."""
 
 import math
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
+from . import jitter_project as jitter
 from . import neighbor_masked_attention as attention
+from .tiles import (
+    BACKWARD,
+    FORWARD,
+    JITTER,
+    TileConfig,
+    any_block_hidden,
+    attention_config,
+    dot_precision,
+)
 
+INTERPRETED = not isinstance(attention.forward_kernel, triton.JITFunction)
+"""Whether Triton's interpreter runs the kernels, on CPU tensors."""
 
-@dataclass(frozen=True)
-class TileConfig:
-    """Tile of a kernel: BLOCK_M queries (or tokens) by BLOCK_N keys (or outputs), warps, pipeline stages."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-# 64 keys a step: a Philox call serves 8 columns that are 8 apart, so narrower tiles waste draws. Four warps of 16 rows
-# each fill 64 queries, and 196 tokens make four blocks. float32 dots are three tf32 ones and hold three times the
-# operands: half the queries, or registers spill.
-FORWARD = {
-    (2, 64): TileConfig(64, 64, 4, 2),
-    (2, 128): TileConfig(64, 64, 4, 2),
-    (4, 64): TileConfig(64, 64, 4, 2),
-    (4, 128): TileConfig(32, 64, 4, 1),
-}
-BACKWARD = {
-    (2, 64): TileConfig(64, 64, 4, 2),
-    (2, 128): TileConfig(64, 64, 8, 1),
-    (4, 64): TileConfig(32, 64, 4, 1),
-    (4, 128): TileConfig(32, 32, 4, 1),
-}
-
-
-def attention_config(table: dict[tuple[int, int], TileConfig], element_size: int, head_dim: int) -> TileConfig:
-    """The tile for elements of that many bytes and heads of that width."""
-    return table[element_size, 64 if head_dim <= 64 else 128]
+_PROGRAMS = 256
 
 
 def attention_forward(
@@ -60,7 +37,10 @@ def attention_forward(
     scale: float,
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, H, N, D], base-2 log-sum-exp float32 [B * H, N]) of query [B or 1, H, N, D], key and value [B, H, N, D]."""
+    """Out [B, H, N, D] and base-2 log-sum-exp, float32 [B * H, N].
+
+    query [B or 1, H, N, D], key and value [B, H, N, D].
+    """
     batch, heads, tokens, head_dim = key.shape
     out = _like_tokens_first(key)
     log_sum_exp = torch.empty(batch * heads, tokens, dtype=torch.float32, device=key.device)
@@ -151,34 +131,96 @@ def attention_backward(
     return query_gradient, key_gradient, value_gradient
 
 
-def dot_precision() -> str:
-    """How float32 dots are done: exactly, unless the user allows TF32 by torch's own switch."""
-    if torch.version.hip is not None:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+def jitter_forward(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, scale: float, prob: float
+) -> tuple[Tensor, Tensor]:
+    """Out [T, O] and the deviation of each token's noise, float32 [T], of tokens [T, C], weight [O, C], bias [O]."""
+    count, channels = tokens.shape
+    out = tokens.new_empty(count, weight.shape[0])
+    deviation = torch.empty(count, dtype=torch.float32, device=tokens.device)
+    if out.numel() == 0:
+        return out, deviation
+    tile = JITTER["forward", tokens.element_size()]
+    with _on(tokens.device):
+        jitter.forward_kernel[(triton.cdiv(count, tile.block_m) * triton.cdiv(weight.shape[0], tile.block_n),)](
+            token_ptr=tokens.contiguous(),
+            weight_ptr=weight.contiguous(),
+            bias_ptr=out if bias is None else bias,
+            out_ptr=out,
+            deviation_ptr=deviation,
+            seed_ptr=seed,
+            **_jitter_arguments(tokens, weight, scale, prob, tile),
+            BIAS=bias is not None,
+        )
+    return out, deviation
 
 
-@lru_cache(maxsize=256)
-def any_block_hidden(
-    height: int, width: int, radius_row: int, radius_col: int, block: int, other: int
-) -> bool:
-    """Whether `_wholly_hidden` holds for some pair of blocks: if not, the kernel is compiled without the test."""
+def jitter_backward(
+    out_gradient: Tensor,
+    tokens: Tensor,
+    weight: Tensor,
+    deviation: Tensor,
+    seed: Tensor,
+    scale: float,
+    prob: float,
+    with_tokens: bool,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of tokens, weight and bias; those not asked for are empty."""
+    (count, channels), outs = tokens.shape, weight.shape[0]
+    out_gradient, tokens, weight = out_gradient.contiguous(), tokens.contiguous(), weight.contiguous()
+    tile = JITTER["weight", tokens.element_size()]
+    tiles = triton.cdiv(outs, tile.block_n) * triton.cdiv(channels, tile.block_k)
+    # As many splits as keep a large GPU busy, each summed by one program and all of them in torch's fixed order.
+    splits = max(1, min(triton.cdiv(count, 4 * tile.block_m), triton.cdiv(_PROGRAMS, tiles)))
+    parts = torch.zeros(splits, outs, channels, dtype=torch.float32, device=tokens.device)
+    bias_parts = torch.zeros(splits, outs, dtype=torch.float32, device=tokens.device)
+    token_gradient = torch.empty_like(tokens) if with_tokens else tokens.new_empty(0)
+    if count and outs and channels:
+        with _on(tokens.device):
+            arguments = _jitter_arguments(tokens, weight, scale, prob, tile)
+            for name in ("scale_by_channels", "prob_threshold", "SOME"):
+                del arguments[name]
+            jitter.weight_gradient_kernel[(splits * tiles,)](
+                token_ptr=tokens,
+                out_gradient_ptr=out_gradient,
+                deviation_ptr=deviation,
+                part_ptr=parts,
+                bias_part_ptr=bias_parts,
+                seed_ptr=seed,
+                tokens_per_split=triton.cdiv(triton.cdiv(count, splits), tile.block_m) * tile.block_m,
+                BIAS=with_bias,
+                **arguments,
+            )
+            if with_tokens:
+                tile = JITTER["tokens", tokens.element_size()]
+                jitter.token_gradient_kernel[(triton.cdiv(count, tile.block_m),)](
+                    token_ptr=tokens,
+                    weight_ptr=weight,
+                    out_gradient_ptr=out_gradient,
+                    token_gradient_ptr=token_gradient,
+                    seed_ptr=seed,
+                    **_jitter_arguments(tokens, weight, scale, prob, tile),
+                )
+    bias_gradient = bias_parts.sum(0).to(weight.dtype) if with_bias else weight.new_empty(0)
+    return token_gradient, parts.sum(0).to(weight.dtype), bias_gradient
 
-    def corners(first: int, size: int) -> tuple[int, int, int, int]:
-        last = min(first + size, height * width) - 1
-        top, bottom = first // width, last // width
-        return top, bottom, *((first % width, last % width) if top == bottom else (0, width - 1))
 
-    for first in range(0, height * width, block):
-        top, bottom, left, right = corners(first, block)
-        for start in range(0, height * width, other):
-            other_top, other_bottom, other_left, other_right = corners(start, other)
-            if (
-                max(bottom - other_top, other_bottom - top) <= radius_row
-                and max(right - other_left, other_right - left) <= radius_col
-            ):
-                return True
-    return False
+def _jitter_arguments(tokens: Tensor, weight: Tensor, scale: float, prob: float, tile: TileConfig) -> dict:
+    return {
+        "tokens": tokens.shape[0],
+        "scale_by_channels": scale / tokens.shape[1],
+        "prob_threshold": round(prob * 2**24),
+        "CHANNELS": tokens.shape[1],
+        "OUT": weight.shape[0],
+        "BLOCK_T": tile.block_m,
+        "BLOCK_O": tile.block_n,
+        "BLOCK_C": tile.block_k,
+        "SOME": prob < 1,
+        "PRECISION": dot_precision(),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
 
 
 def _geometry(

@@ -1,4 +1,4 @@
-"""Neighbour-masked attention in Triton: FlashAttention's scheme, with a 2D window that hides keys instead of keeping them.
+"""Neighbour-masked attention in Triton: FlashAttention's scheme, with a 2D window that hides keys.
 
     B batch, H heads, N = HEIGHT * WIDTH tokens numbered row by row, D head_dim
     a program owns BLOCK_M queries (or, for key gradients, BLOCK_N keys) of one head and walks over the other side
@@ -18,7 +18,9 @@ from .philox import keep_tile
 
 
 @triton.jit
-def _near_blocks(first, BLOCK: tl.constexpr, OTHER: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RADIUS_ROW: tl.constexpr):
+def _near_blocks(
+    first, BLOCK: tl.constexpr, OTHER: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RADIUS_ROW: tl.constexpr
+):
     """[begin, end) of the full blocks of OTHER tokens that may hold a neighbour of tokens [first, first + BLOCK).
 
     All other full blocks are wholly visible. The last block, when it is not full, is left to the caller.
@@ -72,7 +74,9 @@ def _load(ptr, first, stride, N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def _store(ptr, value, first, stride, N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+def _store(
+    ptr, value, first, stride, N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
     token, channel = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     mask = (first + token < N)[:, None] & (channel < HEAD_DIM)[None, :]
     offsets = token[:, None] * stride + channel[None, :]
@@ -89,7 +93,12 @@ def _scores(
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
     if MASKED:
         visible = _visible(
-            query_first + tl.arange(0, BLOCK_M), key_first + tl.arange(0, BLOCK_N), HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL
+            query_first + tl.arange(0, BLOCK_M),
+            key_first + tl.arange(0, BLOCK_N),
+            HEIGHT,
+            WIDTH,
+            RADIUS_ROW,
+            RADIUS_COL,
         )
         scores = tl.where(visible, scores, float("-inf"))
     return scores

@@ -26,7 +26,7 @@ def settings(backbone_weights, tmp_path_factory):
         backbone=BACKBONE,
         image_size=64,
         backbone_weights=backbone_weights,
-        recipe=replace(FAST, epochs=4, batch_size=8),
+        recipe=replace(FAST, epochs=4, min_steps=0, batch_size=8),
         cache_dir=tmp_path_factory.mktemp("cache"),
         false_alarm_rate=0.1,
     )

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "uniad_fast"
 # A file may import from its own layer's earlier files and from lower layers, never from a higher one.
 LAYERS = [
-    {"noise", "neighborhood", "files", "kept", "progress", "images", "metrics", "recipes", "initialize"},
-    {"reference", "stock", "weights", "data", "heatmap", "position", "bundle"},
+    {"noise", "neighborhood", "files", "kept", "progress", "images", "metrics", "recipes", "initialize", "registered"},
+    {"reference", "stock", "autograd", "weights", "data", "heatmap", "position", "bundle"},
     {"functional"},
     {"attention", "backbone", "testing"},
     {"transformer", "features"},

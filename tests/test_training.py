@@ -17,7 +17,7 @@ from uniad_fast.recipes import FAST, PAPER
 from uniad_fast.training import ResumeError, build_model, channel_statistics, train
 
 TOKENS = np.random.default_rng(0).normal(2, 3, (12, 16, 6)).astype(np.float32)
-RECIPE = replace(FAST, epochs=4, batch_size=5, precision="float32", dropout=0.1)
+RECIPE = replace(FAST, epochs=4, min_steps=0, batch_size=5, precision="float32", dropout=0.1)
 
 
 def run(directory, recipe=RECIPE, seed=0, tokens=TOKENS, **options):
@@ -113,6 +113,12 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
     with pytest.raises(ResumeError, match="not a checkpoint that can be read"):
         run(tmp_path, resume=True)
+
+
+def test_a_small_set_is_passed_over_until_it_made_enough_steps(tmp_path):
+    run(tmp_path, replace(RECIPE, min_steps=11))
+    assert len(rows(tmp_path)) == 12  # six epochs of two batches
+    assert RECIPE.with_epochs(7).epochs == 7 and FAST.with_epochs(1).min_steps == 0 and FAST.with_epochs(None) is FAST
 
 
 def test_fewer_images_than_a_batch(tmp_path):

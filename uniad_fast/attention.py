@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import choose_impl, neighbor_masked_attention, size_pair
+from .functional import check_impl, neighbor_masked_attention, size_pair
 from .neighborhood import Size, has_query_without_key
 
 
@@ -52,7 +52,7 @@ class NeighborMaskedAttention(nn.Module):
             )
         self.dropout = dropout
         self.batch_first = batch_first
-        choose_impl(impl)
+        check_impl(impl)
         self.impl = impl
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim)) if bias else None

@@ -1,7 +1,7 @@
 """torch.autograd.Functions over the kernels: save, call, no mathematics.
 
-Eager code calls the launchers directly. Under torch.compile and torch.export they are reached through operators
-registered with torch.library, which tracing keeps whole: see `registered`.
+Eager code calls the launchers directly, without an operator's dispatch. Such
+operators are for tracing, by torch.compile and torch.export, which keeps them whole: see `registered`.
 """
 
 from typing import Any
@@ -26,15 +26,32 @@ def neighbor_masked_attention(
 ) -> Tensor:
     """As `reference.neighbor_masked_attention`, by the Triton kernels; the seed is a 0-d int64 tensor on the device."""
     arguments = (*feature_size, *neighborhood_radius(neighbor_size), dropout_p, scale)
+    if torch.compiler.is_compiling():
+        return registered.attention_forward(query, key, value, seed, *arguments)[0]
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return _Attention.apply(query, key, value, seed, arguments)
-    return _attention_forward()(query, key, value, seed, *arguments)[0]
+    return registered.launch().attention_forward(query, key, value, seed, *arguments)[0]
+
+
+def jitter_project(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, scale: float, prob: float, seed: Tensor
+) -> Tensor:
+    """As `reference.jitter_project`, by the Triton kernels; the seed is a 0-d int64 tensor on the device."""
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    wanted = tokens.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.compiler.is_compiling():
+        out, _ = registered.jitter_forward(flat, weight, bias, seed, scale, prob)
+    elif torch.is_grad_enabled() and wanted:
+        out = _Jitter.apply(flat, weight, bias, scale, prob, seed)
+    else:
+        out, _ = registered.launch().jitter_forward(flat, weight, bias, seed, scale, prob)
+    return out.view(*tokens.shape[:-1], weight.shape[0])
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, arguments: tuple) -> Tensor:
-        out, log_sum_exp = _attention_forward()(query, key, value, seed, *arguments)
+        out, log_sum_exp = registered.launch().attention_forward(query, key, value, seed, *arguments)
         ctx.save_for_backward(query, key, value, out, log_sum_exp, seed)
         ctx.arguments = arguments
         return out
@@ -43,10 +60,29 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, log_sum_exp, seed = ctx.saved_tensors
-        backward = registered.attention_backward if torch.compiler.is_compiling() else registered.launch().attention_backward
-        gradients = backward(out_gradient, query, key, value, out, log_sum_exp, seed, *ctx.arguments)
+        gradients = registered.launch().attention_backward(
+            out_gradient, query, key, value, out, log_sum_exp, seed, *ctx.arguments
+        )
         return *gradients, None, None
 
 
-def _attention_forward() -> Any:
-    return registered.attention_forward if torch.compiler.is_compiling() else registered.launch().attention_forward
+class _Jitter(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor | None, scale: float, prob: float, seed: Tensor
+    ) -> Tensor:
+        out, deviation = registered.launch().jitter_forward(tokens, weight, bias, seed, scale, prob)
+        ctx.save_for_backward(tokens, weight, deviation, seed)
+        ctx.arguments = (scale, prob)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        with_tokens, _, with_bias, *_ = ctx.needs_input_grad
+        tokens, weight, deviation, seed = ctx.saved_tensors
+        gradients = registered.launch().jitter_backward(
+            out_gradient, tokens, weight, deviation, seed, *ctx.arguments, with_tokens, with_bias
+        )
+        wanted = (with_tokens, True, with_bias)
+        return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), None, None, None

@@ -3,7 +3,6 @@
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -110,7 +109,7 @@ def train(
         backbone,
         image_size,
         backbone_weights=backbone_weights,
-        recipe=replace(RECIPES[recipe], epochs=epochs or RECIPES[recipe].epochs),
+        recipe=RECIPES[recipe].with_epochs(epochs),
         score=score,
         image_score=image_score,
         false_alarm_rate=false_alarm_rate,
@@ -212,7 +211,7 @@ def demo(
         dataset = thin_out(dataset, images_per_class)
     detector = AnomalyDetector(
         "tf_efficientnet_lite0",
-        recipe=replace(RECIPES["fast"], epochs=epochs or RECIPES["fast"].epochs),
+        recipe=RECIPES["fast"].with_epochs(epochs),
         seed=seed,
         device=device,
         cache_dir=cache,

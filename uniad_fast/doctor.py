@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from .functional import IMPLS, jitter_project, neighbor_masked_attention
+from .functional import IMPLS, jitter_project, neighbor_masked_attention, triton_problem
 
 _PACKAGES = ("uniad_fast", "torch", "triton", "timm", "numpy", "pillow", "safetensors", "scipy")
 _EXTRAS = {
@@ -25,6 +25,7 @@ def diagnose() -> tuple[list[str], bool]:
         f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "
         f"{torch.backends.cpu.get_cpu_capability()}"
     )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if torch.cuda.is_available():
         lines += [f"gpu {i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     else:
@@ -32,8 +33,11 @@ def diagnose() -> tuple[list[str], bool]:
         lines.append("gpu: none that torch can use" if built else "gpu: this build of torch has no GPU support")
     sound = True
     for impl in IMPLS:
-        problem = _problem_with(impl)
-        lines.append(f"impl {impl}: " + (problem or "runs, agrees with the reference"))
+        absent = triton_problem(torch.zeros((), device=device)) if impl == "triton" else None
+        problem = None if absent else _problem_with(impl, device)
+        lines.append(
+            f"impl {impl}: " + (absent and f"not here: {absent}" or problem or "runs, agrees with the reference")
+        )
         sound &= problem is None
     for extra, modules in _EXTRAS.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
@@ -44,12 +48,13 @@ def diagnose() -> tuple[list[str], bool]:
     return lines, sound
 
 
-def _problem_with(impl: str) -> str | None:
+def _problem_with(impl: str, device: torch.device) -> str | None:
     """Run both ops on a small case and compare with the reference in float64."""
     generator = torch.Generator().manual_seed(0)
     feature_size, neighbor_size = (5, 7), (3, 3)
-    query, key, value = torch.randn(3, 2, 4, 35, 16, generator=generator)
-    tokens, weight = torch.randn(2, 35, 24, generator=generator), torch.randn(16, 24, generator=generator)
+    query, key, value = torch.randn(3, 2, 4, 35, 16, generator=generator).to(device)
+    tokens = torch.randn(2, 35, 24, generator=generator).to(device)
+    weight = torch.randn(16, 24, generator=generator).to(device)
     try:
         got = neighbor_masked_attention(query, key, value, feature_size, neighbor_size, impl=impl)
         truth = neighbor_masked_attention(

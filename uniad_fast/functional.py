@@ -8,15 +8,17 @@ A named one on an input that it does not take raises; it never falls back.
 """
 
 import math
+import warnings
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from . import reference, stock
+from . import autograd, reference, registered, stock
 from .neighborhood import Size
 from .noise import draw_seed
 
-IMPLS = ("reference", "torch")
+IMPLS = ("reference", "torch", "triton")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -65,7 +67,7 @@ def neighbor_masked_attention(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     _check_seed(seed, query.device)
-    impl = choose_impl(impl)
+    impl = choose_impl(impl, query, attention_problem(query))
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
 
@@ -73,6 +75,11 @@ def neighbor_masked_attention(
         return stock.neighbor_masked_attention(query, key, value, feature_size, neighbor_size, dropout_p, scale, seed)
     if dropout_p > 0 and seed is None:
         seed = draw_seed(query.device)
+    if impl == "triton":
+        seed = _seed_tensor(seed, query.device) if dropout_p > 0 else None
+        return autograd.neighbor_masked_attention(
+            query, key, value, feature_size, neighbor_size, dropout_p, scale, seed
+        )
     return reference.neighbor_masked_attention(query, key, value, feature_size, neighbor_size, dropout_p, scale, seed)
 
 
@@ -121,22 +128,75 @@ def jitter_project(
     if not 0 <= prob <= 1:
         raise ValueError(f"prob must be in [0, 1], got {prob}")
     _check_seed(seed, tokens.device)
-    impl = choose_impl(impl)
+    impl = choose_impl(impl, tokens)
 
     if impl == "torch":
         return stock.jitter_project(tokens, weight, bias, scale, prob, seed)
     if seed is None:
         seed = draw_seed(tokens.device)
+    if impl == "triton":
+        return autograd.jitter_project(tokens, weight, bias, scale, prob, _seed_tensor(seed, tokens.device))
     return reference.jitter_project(tokens, weight, bias, scale, prob, seed)
 
 
-def choose_impl(impl: str | None) -> str:
-    """The implementation that `impl` stands for; ValueError if there is none of that name."""
-    if impl is None:
-        return "torch"
-    if impl not in IMPLS:
+def choose_impl(impl: str | None, tensor: Tensor, problem: str | None = None) -> str:
+    """The implementation that serves a call with this tensor.
+
+    problem: why the kernels do not take the call, besides what its device and dtype say.
+
+    Raises:
+        ValueError: there is none of that name, or the one named does not take such a tensor; says why.
+    """
+    check_impl(impl)
+    if impl == "triton":
+        problem = triton_problem(tensor) or problem
+        if problem:
+            raise ValueError(f"impl='triton' can't serve this call: {problem}")
+        return impl
+    if impl is None and tensor.is_cuda:
+        problem = triton_problem(tensor) or problem
+        if problem is None:
+            return "triton"
+        _say_once(f"uniad_fast uses impl='torch' because the Triton kernels can't serve this call: {problem}")
+    return impl or "torch"
+
+
+def check_impl(impl: str | None) -> None:
+    """ValueError unless `impl` is None or the name of an implementation."""
+    if impl is not None and impl not in IMPLS:
         raise ValueError(f"impl must be None or one of {', '.join(IMPLS)}, got {impl!r}")
-    return impl
+
+
+def triton_problem(tensor: Tensor) -> str | None:
+    """Why the Triton kernels do not take this tensor, or None."""
+    try:
+        launch = registered.launch()
+    except ImportError as error:
+        return f"Triton can't be imported ({error})"
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"they take float32, float16 and bfloat16, not {tensor.dtype}"
+    if not tensor.is_cuda:
+        if not launch.INTERPRETED:
+            return f"the tensors are on {tensor.device}, and Triton's interpreter (TRITON_INTERPRET=1) is off"
+        if tensor.dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 wrongly"
+    return None
+
+
+def attention_problem(query: Tensor) -> str | None:
+    """Why the attention kernels do not take a query of this shape, or None."""
+    head_dim = query.shape[-1]
+    return None if head_dim <= 128 else f"they take a head_dim up to 128, not {head_dim}"
+
+
+@lru_cache(maxsize=32)
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    assert seed is not None
+    return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def size_pair(name: str, size: Size) -> Size:

@@ -1,6 +1,6 @@
 """Training recipes: every choice that is not the model's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -8,7 +8,9 @@ class Recipe:
     """How to train.
 
     Attributes:
-        epochs, batch_size, learning_rate, weight_decay, clip: of AdamW; `clip` is the largest gradient norm.
+        epochs: passes over the training images.
+        min_steps: a small data set is passed over more often than `epochs`, until it has made so many steps.
+        batch_size, learning_rate, weight_decay, clip: of AdamW; `clip` is the largest gradient norm.
         schedule: "step" (x 0.1 after 80% of the steps) or "one_cycle" (up over `warmup`, then down, by cosine).
         warmup: share of the steps in which a one-cycle schedule rises.
         dropout: of attention, FFN and residuals.
@@ -21,6 +23,7 @@ class Recipe:
 
     name: str
     epochs: int
+    min_steps: int
     batch_size: int
     learning_rate: float
     weight_decay: float
@@ -35,10 +38,15 @@ class Recipe:
     precision: str
     score: str
 
+    def with_epochs(self, epochs: int | None) -> "Recipe":
+        """This recipe with exactly so many epochs; itself for None."""
+        return self if epochs is None else replace(self, epochs=epochs, min_steps=0)
+
 
 PAPER = Recipe(
     name="paper",
     epochs=1000,
+    min_steps=0,
     batch_size=8,
     learning_rate=1e-4,
     weight_decay=1e-4,
@@ -57,6 +65,7 @@ PAPER = Recipe(
 FAST = Recipe(
     name="fast",
     epochs=5,
+    min_steps=300,
     batch_size=16,
     learning_rate=1e-3,
     weight_decay=1e-4,

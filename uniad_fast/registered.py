@@ -1,6 +1,7 @@
-"""The kernels as operators of torch.library, for torch.compile and torch.export: launcher, fake, nothing else."""
+"""The kernels as operators of torch.library, for torch.compile and torch.export: launcher, fake, gradient."""
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,7 @@ def attention_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See `uniad_fast.kernels.launch.attention_forward`."""
-    return launch().attention_forward(
-        query, key, value, seed, height, width, radius_row, radius_col, dropout_p, scale
-    )
+    return launch().attention_forward(query, key, value, seed, height, width, radius_row, radius_col, dropout_p, scale)
 
 
 @attention_forward.register_fake
@@ -90,8 +89,86 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     query_gradient = _tokens_first(key)
     if query.shape[0] != key.shape[0]:
-        query_gradient = query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
+        query_gradient = query.new_empty(query.shape)
     return query_gradient, _tokens_first(key), _tokens_first(key)
+
+
+def _save_attention(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, seed, *ctx.arguments = inputs
+    ctx.save_for_backward(query, key, value, *output, seed)
+
+
+def _attention_gradients(ctx: Any, out_gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradients = attention_backward(out_gradient, *ctx.saved_tensors, *ctx.arguments)
+    return *gradients, None, *(None for _ in ctx.arguments)
+
+
+attention_forward.register_autograd(_attention_gradients, setup_context=_save_attention)
+
+
+@torch.library.custom_op("uniad_fast::jitter_forward", mutates_args=())
+def jitter_forward(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, scale: float, prob: float
+) -> tuple[Tensor, Tensor]:
+    """See `uniad_fast.kernels.launch.jitter_forward`."""
+    return launch().jitter_forward(tokens, weight, bias, seed, scale, prob)
+
+
+@jitter_forward.register_fake
+def _(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, scale: float, prob: float
+) -> tuple[Tensor, Tensor]:
+    count = tokens.shape[0]
+    return tokens.new_empty(count, weight.shape[0]), tokens.new_empty(count, dtype=torch.float32)
+
+
+@torch.library.custom_op("uniad_fast::jitter_backward", mutates_args=())
+def jitter_backward(
+    out_gradient: Tensor,
+    tokens: Tensor,
+    weight: Tensor,
+    deviation: Tensor,
+    seed: Tensor,
+    scale: float,
+    prob: float,
+    with_tokens: bool,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `uniad_fast.kernels.launch.jitter_backward`."""
+    return launch().jitter_backward(out_gradient, tokens, weight, deviation, seed, scale, prob, with_tokens, with_bias)
+
+
+@jitter_backward.register_fake
+def _(
+    out_gradient: Tensor,
+    tokens: Tensor,
+    weight: Tensor,
+    deviation: Tensor,
+    seed: Tensor,
+    scale: float,
+    prob: float,
+    with_tokens: bool,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        tokens.new_empty(tokens.shape if with_tokens else 0),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape[0] if with_bias else 0),
+    )
+
+
+def _save_jitter(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    tokens, weight, _, seed, *ctx.arguments = inputs
+    ctx.save_for_backward(tokens, weight, output[1], seed)
+
+
+def _jitter_gradients(ctx: Any, out_gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    with_tokens, _, with_bias, *_ = ctx.needs_input_grad
+    tokens, weight, bias = jitter_backward(out_gradient, *ctx.saved_tensors, *ctx.arguments, with_tokens, with_bias)
+    return tokens if with_tokens else None, weight, bias if with_bias else None, None, None, None
+
+
+jitter_forward.register_autograd(_jitter_gradients, setup_context=_save_jitter)
 
 
 def _tokens_first(key: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """What tests and benchmarks measure against: error budgets, and the public way of doing the same."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +12,10 @@ _ROUNDING = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2
 
 
 def assert_within_budget(ours: Tensor, truth: Tensor, plain: Tensor, name: str) -> None:
-    """Error at most twice that of plain PyTorch in the same dtype, plus a rounding band; everything finite.
+    """Error at most twice that of plain PyTorch in the same dtype, plus four roundings; everything finite.
+
+    Four, because a result is rounded, and so are the two factors and the sum of the largest term in it; plain PyTorch
+    on a small case is often exact to half of one.
 
     Args:
         ours: result under test, in its dtype.
@@ -23,7 +28,7 @@ def assert_within_budget(ours: Tensor, truth: Tensor, plain: Tensor, name: str) 
         return
     error = (ours.double() - truth).abs().max().item()
     theirs = (plain.double() - truth).abs().max().item()
-    band = 2 * _ROUNDING[ours.dtype] * max(truth.abs().max().item(), 2.0**-14)
+    band = 4 * _ROUNDING[ours.dtype] * max(truth.abs().max().item(), 2.0**-14)
     assert error <= 2 * theirs + band, f"{name}: error {error:.3g}, plain PyTorch {theirs:.3g}, band {band:.3g}"
 
 
@@ -53,10 +58,11 @@ class PublicUniAD(nn.Module):
         self.neighbor_size = neighbor_size
         self.jitter_scale = jitter_scale
         self.stride = stride
-        self.pos_embed = nn.Module()
+        # Nameless containers, so that the parameters get the public names.
+        self.pos_embed: Any = nn.Module()
         self.pos_embed.row_embed = nn.Embedding(feature_size[0], hidden_dim // 2)
         self.pos_embed.col_embed = nn.Embedding(feature_size[1], hidden_dim // 2)
-        self.transformer = nn.Module()
+        self.transformer: Any = nn.Module()
         self.transformer.encoder = nn.Module()
         self.transformer.encoder.layers = nn.ModuleList(
             _PublicLayer(hidden_dim, nhead, dim_feedforward, dropout, None) for _ in range(layers)

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -98,7 +99,8 @@ def train(
     directory.mkdir(parents=True, exist_ok=True)
     device = model.input_proj.weight.device
     steps_per_epoch = max(1, len(tokens) // recipe.batch_size)
-    total = recipe.epochs * steps_per_epoch
+    epochs = max(recipe.epochs, math.ceil(recipe.min_steps / steps_per_epoch))
+    total = epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     scheduler = _scheduler(optimizer, recipe, total)
     run = json.loads(json.dumps({**run, "recipe": asdict(recipe), "seed": seed, "images": len(tokens)}))
@@ -127,7 +129,7 @@ def train(
                 step += 1
                 bar.update(recipe.batch_size)
                 if step % _LOG_EVERY == 0:
-                    bar.set_postfix(loss=f"{log.last_loss:.4f}", epoch=f"{epoch + 1}/{recipe.epochs}")
+                    bar.set_postfix(loss=f"{log.last_loss:.4f}", epoch=f"{epoch + 1}/{epochs}")
                 if step == total or time.monotonic() - saved >= checkpoint_seconds:
                     log.flush()
                     checkpoint.save(step)
