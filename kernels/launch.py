@@ -9,13 +9,11 @@ from torch import Tensor
 from . import jitter_project as jitter
 from . import neighbor_masked_attention as attention
 from .tiles import (
-    BACKWARD,
-    FORWARD,
     JITTER,
     TileConfig,
-    any_block_hidden,
-    attention_config,
+    attention_tile,
     dot_precision,
+    skipping_pays,
 )
 
 INTERPRETED = not isinstance(attention.forward_kernel, triton.JITFunction)
@@ -35,7 +33,7 @@ def attention_forward(
     radius_col: int,
     dropout_p: float,
     scale: float,
-    config: TileConfig | None = None,
+    tile: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Out [B, H, N, D] and base-2 log-sum-exp, float32 [B * H, N].
 
@@ -46,10 +44,10 @@ def attention_forward(
     log_sum_exp = torch.empty(batch * heads, tokens, dtype=torch.float32, device=key.device)
     if out.numel() == 0:
         return out, log_sum_exp
-    config = config or attention_config(FORWARD, key.element_size(), head_dim)
+    tile = tile or attention_tile("forward_kernel", key.element_size(), head_dim)
     query, key, value = (_unit_last_stride(t) for t in (query, key, value))
     with _on(key.device):
-        attention.forward_kernel[(batch * heads * triton.cdiv(tokens, config.block_m),)](
+        attention.forward_kernel[(batch * heads * triton.cdiv(tokens, tile.block_m),)](
             query_ptr=query,
             key_ptr=key,
             value_ptr=value,
@@ -60,11 +58,9 @@ def attention_forward(
             heads=heads,
             scale_log2=scale * math.log2(math.e),
             **_dropout(dropout_p),
-            **_geometry(height, width, radius_row, radius_col, head_dim, config, transposed=False),
+            **_geometry(height, width, radius_row, radius_col, head_dim, tile, transposed=False),
             DROPOUT=dropout_p > 0,
             PRECISION=dot_precision(),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
         )
     return out, log_sum_exp
 
@@ -83,7 +79,7 @@ def attention_backward(
     radius_col: int,
     dropout_p: float,
     scale: float,
-    config: TileConfig | None = None,
+    tile: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. A query of batch 1 gets one part an element of the batch, summed here."""
     batch, heads, tokens, head_dim = key.shape
@@ -92,7 +88,8 @@ def attention_backward(
     # Parts are summed in float32, in torch's fixed order.
     query_gradient = _like_tokens_first(key, torch.float32 if broadcast else key.dtype)
     if key.numel() > 0:
-        config = config or attention_config(BACKWARD, key.element_size(), head_dim)
+        query_tile = tile or attention_tile("query_gradient_kernel", key.element_size(), head_dim)
+        key_tile = tile or attention_tile("key_value_gradient_kernel", key.element_size(), head_dim)
         delta = torch.empty_like(log_sum_exp)
         tensors = {"query": query, "key": key, "value": value, "out": out, "out_gradient": out_gradient}
         tensors = {name: _unit_last_stride(t) for name, t in tensors.items()}
@@ -106,25 +103,23 @@ def attention_backward(
             **_dropout(dropout_p),
             "DROPOUT": dropout_p > 0,
             "PRECISION": dot_precision(),
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
         }
         with _on(key.device):
             ours = tensors | {"query_gradient": query_gradient}
-            attention.query_gradient_kernel[(batch * heads * triton.cdiv(tokens, config.block_m),)](
+            attention.query_gradient_kernel[(batch * heads * triton.cdiv(tokens, query_tile.block_m),)](
                 **{f"{name}_ptr": t for name, t in ours.items()},
                 **_strides(**{name: t.expand_as(key) for name, t in ours.items()}),
                 **shared,
-                **_geometry(height, width, radius_row, radius_col, head_dim, config, transposed=False),
+                **_geometry(height, width, radius_row, radius_col, head_dim, query_tile, transposed=False),
             )
             del tensors["out"]
-            attention.key_value_gradient_kernel[(batch * heads * triton.cdiv(tokens, config.block_n),)](
+            attention.key_value_gradient_kernel[(batch * heads * triton.cdiv(tokens, key_tile.block_n),)](
                 **{f"{name}_ptr": t for name, t in tensors.items()},
                 key_gradient_ptr=key_gradient,
                 value_gradient_ptr=value_gradient,
                 **_strides(**{name: t.expand_as(key) for name, t in tensors.items()}, key_gradient=key_gradient),
                 **shared,
-                **_geometry(height, width, radius_row, radius_col, head_dim, config, transposed=True),
+                **_geometry(height, width, radius_row, radius_col, head_dim, key_tile, transposed=True),
             )
     if broadcast:
         query_gradient = query_gradient.sum(0, keepdim=True).to(query.dtype)
@@ -224,9 +219,9 @@ def _jitter_arguments(tokens: Tensor, weight: Tensor, scale: float, prob: float,
 
 
 def _geometry(
-    height: int, width: int, radius_row: int, radius_col: int, head_dim: int, config: TileConfig, transposed: bool
+    height: int, width: int, radius_row: int, radius_col: int, head_dim: int, tile: TileConfig, transposed: bool
 ) -> dict[str, int | bool]:
-    own, other = (config.block_n, config.block_m) if transposed else (config.block_m, config.block_n)
+    own, other = (tile.block_n, tile.block_m) if transposed else (tile.block_m, tile.block_n)
     return {
         "HEIGHT": height,
         "WIDTH": width,
@@ -234,9 +229,11 @@ def _geometry(
         "RADIUS_COL": radius_col,
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "SKIP": any_block_hidden(height, width, radius_row, radius_col, own, other),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "SKIP": skipping_pays(height, width, radius_row, radius_col, own, other),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
     }
 
 

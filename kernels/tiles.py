@@ -19,22 +19,27 @@ class TileConfig:
     block_k: int = 0
 
 
-# 64 keys a step: a Philox call serves 8 columns that are 8 apart, so narrower tiles waste draws. Four warps of 16 rows
-# each fill 64 queries, and 196 tokens make four blocks. float32 dots are three tf32 ones and hold three times the
-# operands: half the queries, or registers spill.
-FORWARD = {
-    (2, 64): TileConfig(64, 64, 4, 2),
-    (2, 128): TileConfig(64, 64, 4, 2),
-    (4, 64): TileConfig(64, 64, 4, 2),
-    (4, 128): TileConfig(32, 64, 4, 1),
+# By kernel, bytes of an element, and width of a head. 64 keys a step: a Philox call serves eight columns that are
+# eight apart, so narrower tiles waste draws; 196 tokens make four blocks of 64. Key gradients hold two accumulators and
+# both orders of the weights, so they get smaller steps. float32 dots are three of tf32, whose halves double the
+# operands: the tile shrinks until registers hold it on every chip.
+ATTENTION = {
+    ("forward_kernel", 2, 64): TileConfig(64, 64, 4, 2),
+    ("forward_kernel", 2, 128): TileConfig(64, 64, 8, 2),
+    ("forward_kernel", 4, 32): TileConfig(64, 32, 4, 1),
+    ("forward_kernel", 4, 64): TileConfig(32, 64, 8, 1),
+    ("forward_kernel", 4, 128): TileConfig(16, 32, 4, 1),
+    ("query_gradient_kernel", 2, 64): TileConfig(64, 64, 8, 2),
+    ("query_gradient_kernel", 2, 128): TileConfig(32, 64, 8, 1),
+    ("query_gradient_kernel", 4, 32): TileConfig(64, 32, 4, 1),
+    ("query_gradient_kernel", 4, 64): TileConfig(16, 32, 4, 1),
+    ("query_gradient_kernel", 4, 128): TileConfig(16, 16, 4, 1),
+    ("key_value_gradient_kernel", 2, 64): TileConfig(64, 32, 4, 1),
+    ("key_value_gradient_kernel", 2, 128): TileConfig(32, 64, 8, 1),
+    ("key_value_gradient_kernel", 4, 32): TileConfig(16, 16, 4, 1),
+    ("key_value_gradient_kernel", 4, 64): TileConfig(16, 16, 4, 1),
+    ("key_value_gradient_kernel", 4, 128): TileConfig(16, 16, 4, 1),
 }
-BACKWARD = {
-    (2, 64): TileConfig(64, 64, 4, 2),
-    (2, 128): TileConfig(64, 64, 8, 1),
-    (4, 64): TileConfig(32, 64, 4, 1),
-    (4, 128): TileConfig(32, 32, 4, 1),
-}
-
 
 # Jitter and project, by pass: tokens x outputs x channels. 272 and 192 channels are multiples of 16, not of 64: a
 # step of 32 wastes least. The weight's gradient walks over tokens and redraws the noise of its own channels.
@@ -48,9 +53,10 @@ JITTER = {
 }
 
 
-def attention_config(table: dict[tuple[int, int], TileConfig], element_size: int, head_dim: int) -> TileConfig:
-    """The tile for elements of that many bytes and heads of that width."""
-    return table[element_size, 64 if head_dim <= 64 else 128]
+def attention_tile(kernel: str, element_size: int, head_dim: int) -> TileConfig:
+    """The tile of that kernel for elements of so many bytes and heads of that width."""
+    width = next(w for w in (32, 64, 128) if head_dim <= w and (kernel, element_size, w) in ATTENTION)
+    return ATTENTION[kernel, element_size, width]
 
 
 def dot_precision() -> str:
@@ -61,21 +67,24 @@ def dot_precision() -> str:
 
 
 @lru_cache(maxsize=256)
-def any_block_hidden(height: int, width: int, radius_row: int, radius_col: int, block: int, other: int) -> bool:
-    """Whether `_wholly_hidden` holds for some pair of blocks: if not, the kernel is compiled without the test."""
+def skipping_pays(height: int, width: int, radius_row: int, radius_col: int, block: int, other: int) -> bool:
+    """Whether enough pairs of blocks are wholly hidden for a kernel to be compiled with the test that skips them.
+
+    A branch around the loads keeps the next block's from being fetched ahead, so a tenth of the blocks must be worth
+    it. 14 x 14 with a 7 x 7 window has one in sixteen: the last four tokens, by themselves.
+    """
 
     def corners(first: int, size: int) -> tuple[int, int, int, int]:
         last = min(first + size, height * width) - 1
         top, bottom = first // width, last // width
         return top, bottom, *((first % width, last % width) if top == bottom else (0, width - 1))
 
-    for first in range(0, height * width, block):
-        top, bottom, left, right = corners(first, block)
-        for start in range(0, height * width, other):
-            other_top, other_bottom, other_left, other_right = corners(start, other)
-            if (
-                max(bottom - other_top, other_bottom - top) <= radius_row
-                and max(right - other_left, other_right - left) <= radius_col
-            ):
-                return True
-    return False
+    starts, others = range(0, height * width, block), range(0, height * width, other)
+    other_corners = [corners(start, other) for start in others]
+    hidden = 0
+    for top, bottom, left, right in (corners(start, block) for start in starts):
+        for other_top, other_bottom, other_left, other_right in other_corners:
+            rows = max(bottom - other_top, other_bottom - top)
+            cols = max(right - other_left, other_right - left)
+            hidden += rows <= radius_row and cols <= radius_col
+    return hidden >= 0.1 * len(starts) * len(others)

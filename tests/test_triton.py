@@ -1,7 +1,6 @@
 """The Triton kernels beyond what every impl is held to: the reference's own draws, tiles, tracing, memory."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -91,22 +90,35 @@ def test_a_broadcast_query_with_dropout():
     assert_agree(tensors, run(tensors, (5, 7), (3, 3), "triton", p=0.2, seed=3), (5, 7), (3, 3), p=0.2, seed=3)
 
 
-ALL_TILES = sorted({*tiles.FORWARD.values(), *tiles.BACKWARD.values()}, key=repr)
+ALL_TILES = sorted({*tiles.ATTENTION.values()}, key=repr)
 
 
-@pytest.mark.parametrize("tile", ALL_TILES, ids=lambda t: f"{t.block_m}x{t.block_n}")
+@pytest.mark.parametrize("tile", ALL_TILES, ids=lambda t: f"{t.block_m}x{t.block_n}x{t.num_warps}")
 def test_every_tile_runs(tile, monkeypatch):
-    """Tokens that fill no block, blocks that are hidden, visible and mixed."""
-    monkeypatch.setattr(launch, "attention_config", lambda *_: tile)
-    feature_size, neighbor_size = (3, 61), (1, 59)
+    """Tokens that fill no block, and blocks that are hidden, visible and mixed."""
+    monkeypatch.setattr(launch, "attention_tile", lambda *_: tile)
+    feature_size, neighbor_size = (2, 65), (1, 129)
     tensors = attention_inputs(feature_size, batch=1, heads=1)
     ours = run(tensors, feature_size, neighbor_size, "triton", p=0.1, seed=5)
     assert_agree(tensors, ours, feature_size, neighbor_size, p=0.1, seed=5)
 
 
-def test_wholly_hidden_blocks_are_skipped_only_where_there_are_any():
-    assert tiles.any_block_hidden(3, 128, 0, 120, 64, 64)
-    assert not tiles.any_block_hidden(28, 28, 7, 7, 64, 64)
+def test_wholly_hidden_blocks_are_skipped_where_there_are_enough():
+    assert tiles.skipping_pays(2, 128, 0, 126, 64, 64)
+    assert not tiles.skipping_pays(14, 14, 3, 3, 64, 64)
+    assert not tiles.skipping_pays(28, 28, 7, 7, 64, 64)
+
+
+def test_a_skipped_block_is_not_loaded():
+    """Queries see the other row only: NaN in keys that are wholly hidden from them must not reach their output."""
+    tile = tiles.TileConfig(64, 64, 4, 1)
+    assert tiles.skipping_pays(2, 64, 0, 63, 64, 64)
+    query, key, value = (t.detach() for t in attention_inputs((2, 64), batch=1, heads=1))
+    expected, _ = launch.attention_forward(query, key, value, None, 2, 64, 0, 63, 0.0, 0.25, tile)
+    poisoned = key.clone()
+    poisoned[:, :, :64] = float("nan")
+    out, _ = launch.attention_forward(query, poisoned, value, None, 2, 64, 0, 63, 0.0, 0.25, tile)
+    assert torch.equal(out[:, :, :64], expected[:, :, :64]) and out[:, :, 64:].isnan().all()
 
 
 def test_the_same_inputs_give_the_same_bits():
@@ -289,9 +301,9 @@ def test_the_interpreter_is_not_trusted_with_bfloat16():
         neighbor_masked_attention(query, query, query, (2, 3), (1, 1), impl="triton")
 
 
-@pytest.mark.parametrize("config", [None, dataclasses.replace(tiles.FORWARD[4, 64], block_n=16)])
-def test_a_tile_can_be_given(config):
+@pytest.mark.parametrize("tile", [None, tiles.TileConfig(32, 16, 4, 1)])
+def test_a_tile_can_be_given(tile):
     query, key, value = (t.detach() for t in attention_inputs((5, 7)))
-    out, _ = launch.attention_forward(query, key, value, None, 5, 7, 1, 1, 0.0, 0.25, config)
+    out, _ = launch.attention_forward(query, key, value, None, 5, 7, 1, 1, 0.0, 0.25, tile)
     expected = neighbor_masked_attention(query, key, value, (5, 7), (3, 3), impl="reference")
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,22 @@
+"""Kernels compiled for chips that are not here: no spill, no local memory, within shared memory, on the matrix unit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_the_papers_kernels_fit(chip):
+    """A process of its own: this one has the kernels under the interpreter. The report itself says what is unfit."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "compile_report.py", "--quick", "--chip", chip]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=BENCH, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "all fit: no spill" in result.stdout, result.stdout[-3000:]
+    assert result.stdout.count(chip) == 27  # 3 attention kernels with and without dropout, 3 of jitter, 3 dtypes
