@@ -117,8 +117,8 @@ def compile_for(build: Build, chip: Chip) -> Result:
 
 
 def _function_and_constants(build: Build, chip: Chip) -> tuple[Any, dict[str, Any]]:
-    precision = "ieee" if chip.target.backend == "hip" else "tf32x3"
     tile = build.tile
+    precision = "ieee" if chip.target.backend == "hip" else tile.precision
     if build.op == "attention":
         (height, width), (radius_row, radius_col) = build.feature_size, build.radius
         constants = {

@@ -60,7 +60,6 @@ def attention_forward(
             **_dropout(dropout_p),
             **_geometry(height, width, radius_row, radius_col, head_dim, tile, transposed=False),
             DROPOUT=dropout_p > 0,
-            PRECISION=dot_precision(),
         )
     return out, log_sum_exp
 
@@ -102,7 +101,6 @@ def attention_backward(
             "scale_log2": scale * math.log2(math.e),
             **_dropout(dropout_p),
             "DROPOUT": dropout_p > 0,
-            "PRECISION": dot_precision(),
         }
         with _on(key.device):
             ours = tensors | {"query_gradient": query_gradient}
@@ -212,7 +210,7 @@ def _jitter_arguments(tokens: Tensor, weight: Tensor, scale: float, prob: float,
         "BLOCK_O": tile.block_n,
         "BLOCK_C": tile.block_k,
         "SOME": prob < 1,
-        "PRECISION": dot_precision(),
+        "PRECISION": dot_precision(tile),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
@@ -232,6 +230,7 @@ def _geometry(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "SKIP": skipping_pays(height, width, radius_row, radius_col, own, other),
+        "PRECISION": dot_precision(tile),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }

@@ -10,19 +10,24 @@ import torch
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tile of a kernel: block_m queries or tokens by block_n keys or outputs (by block_k channels), warps, stages."""
+    """Tile of a kernel: block_m queries or tokens by block_n keys or outputs (by block_k channels), warps, stages.
+
+    precision: of float32 dots, where TF32 is not allowed: three of tf32, or "ieee" on the ordinary units.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     block_k: int = 0
+    precision: str = "tf32x3"
 
 
 # By kernel, bytes of an element, and width of a head. 64 keys a step: a Philox call serves eight columns that are
 # eight apart, so narrower tiles waste draws; 196 tokens make four blocks of 64. Key gradients hold two accumulators and
 # both orders of the weights, so they get smaller steps. float32 dots are three of tf32, whose halves double the
-# operands: the tile shrinks until registers hold it on every chip.
+# operands: the tile shrinks until registers hold it on every chip. For the widest heads' key gradients no tile is small
+# enough, and the ordinary units do them.
 ATTENTION = {
     ("forward_kernel", 2, 64): TileConfig(64, 64, 4, 2),
     ("forward_kernel", 2, 128): TileConfig(64, 64, 8, 2),
@@ -31,14 +36,14 @@ ATTENTION = {
     ("forward_kernel", 4, 128): TileConfig(16, 32, 4, 1),
     ("query_gradient_kernel", 2, 64): TileConfig(64, 64, 8, 2),
     ("query_gradient_kernel", 2, 128): TileConfig(32, 64, 8, 1),
-    ("query_gradient_kernel", 4, 32): TileConfig(64, 32, 4, 1),
+    ("query_gradient_kernel", 4, 32): TileConfig(64, 32, 8, 1),
     ("query_gradient_kernel", 4, 64): TileConfig(16, 32, 4, 1),
     ("query_gradient_kernel", 4, 128): TileConfig(16, 16, 4, 1),
     ("key_value_gradient_kernel", 2, 64): TileConfig(64, 32, 4, 1),
     ("key_value_gradient_kernel", 2, 128): TileConfig(32, 64, 8, 1),
     ("key_value_gradient_kernel", 4, 32): TileConfig(16, 16, 4, 1),
     ("key_value_gradient_kernel", 4, 64): TileConfig(16, 16, 4, 1),
-    ("key_value_gradient_kernel", 4, 128): TileConfig(16, 16, 4, 1),
+    ("key_value_gradient_kernel", 4, 128): TileConfig(32, 32, 8, 1, precision="ieee"),
 }
 
 # Jitter and project, by pass: tokens x outputs x channels. 272 and 192 channels are multiples of 16, not of 64: a
@@ -59,11 +64,11 @@ def attention_tile(kernel: str, element_size: int, head_dim: int) -> TileConfig:
     return ATTENTION[kernel, element_size, width]
 
 
-def dot_precision() -> str:
+def dot_precision(tile: TileConfig) -> str:
     """How float32 dots are done: exactly, unless the user allows TF32 by torch's own switch."""
-    if torch.version.hip is not None:
+    if tile.precision == "ieee" or torch.version.hip is not None:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else tile.precision
 
 
 @lru_cache(maxsize=256)
