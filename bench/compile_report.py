@@ -9,7 +9,7 @@ from compiled import CHIPS, Build, Chip, Result, attention_builds, compile_for, 
 
 HEADER = (
     f"{'kernel':34} {'dtype':5} {'width':>5} {'drop':4} {'tile':>11} {'warps':>5} {'chip':7} {'regs':>4} {'spill':>5} "
-    f"{'shared':>7} {'blocks':>6} {'matrix instructions':22} {'inner loop':58} {'s':>5}"
+    f"{'shared':>7} {'blocks':>6} {'matrix instructions':22} {'largest inner loop, by kind':58} {'s':>5}"
 )
 
 
@@ -18,7 +18,8 @@ def row(build: Build, chip: Chip, result: Result) -> str:
     tile = build.tile
     sizes = [tile.block_m, tile.block_n, *([tile.block_k] if tile.block_k else [])]
     matrix = " ".join(f"{name} {count}" for name, count in result.matrix.items()) or "none"
-    loop = " ".join(f"{kind} {count}" for kind, count in sorted(result.loop.items())) or "none"
+    largest = max(result.loops, key=lambda kinds: sum(kinds.values()), default={})
+    loop = " ".join(f"{kind} {count}" for kind, count in sorted(largest.items())) or "none"
     return (
         f"{build.op + ' ' + build.kernel.removesuffix('_kernel'):34} {build.dtype:5} {build.width:5} "
         f"{'yes' if build.dropout else 'no':4} {'x'.join(map(str, sizes)):>11} {tile.num_warps:5} {chip.name:7} "
@@ -53,6 +54,8 @@ def main() -> None:
     for chip in CHIPS:
         if options.chip and chip.name not in options.chip:
             continue
+        builds = attention_builds(chip, dtypes, widths, (False, True))
+        builds += jitter_builds(dtypes, (272,) if options.quick else (192, 272))
         for build in builds:
             result = compile_for(build, chip)
             print(row(build, chip, result), flush=True)

@@ -56,7 +56,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Result:
-    """What the compiler made of it. spills: bytes of stack and local loads and stores; loop: instructions by kind."""
+    """What the compiler made of it. spills: bytes of stack; loops: inner loops in code order, instructions by kind."""
 
     registers: int
     spills: int
@@ -64,14 +64,17 @@ class Result:
     shared: int
     blocks_per_multiprocessor: int
     matrix: dict[str, int]
-    loop: dict[str, int]
+    loops: list[dict[str, int]]
     seconds: float
 
 
-def attention_builds(dtypes: tuple[str, ...], head_dims: tuple[int, ...], dropout: tuple[bool, ...]) -> list[Build]:
-    """Every shipped attention kernel for these dtypes and head widths."""
+def attention_builds(
+    chip: Chip, dtypes: tuple[str, ...], head_dims: tuple[int, ...], dropout: tuple[bool, ...]
+) -> list[Build]:
+    """Every attention kernel shipped for the chip, for these dtypes and head widths."""
+    amd = chip.target.backend == "hip"
     return [
-        Build("attention", kernel, dtype, head_dim, drop, tiles.attention_tile(kernel, DTYPES[dtype], head_dim))
+        Build("attention", kernel, dtype, head_dim, drop, tiles.attention_tile(kernel, DTYPES[dtype], head_dim, amd))
         for kernel in ATTENTION_KERNELS
         for dtype in dtypes
         for head_dim in head_dims
@@ -111,7 +114,7 @@ def compile_for(build: Build, chip: Chip) -> Result:
         shared=shared,
         blocks_per_multiprocessor=_occupancy(chip, registers, shared, build.tile.num_warps),
         matrix=dict(Counter(m for _, i in instructions if (m := _matrix_kind(i)))),
-        loop=dict(Counter(_kind(i) for i in _largest_loop(instructions))),
+        loops=[dict(Counter(map(_kind, loop))) for loop in _innermost_loops(instructions)],
         seconds=seconds,
     )
 
@@ -194,26 +197,21 @@ def _read_amd(compiled: Any) -> tuple[int, int, list[tuple[int, str]]]:
     return number["vgpr_count"], 4 * number["vgpr_spill_count"] + number["private_segment_fixed_size"], branches
 
 
-def _largest_loop(instructions: list[tuple[int, str]]) -> list[str]:
-    """Instructions of the longest innermost stretch that a backward branch repeats."""
-    loops = []
+def _innermost_loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
+    """Stretches that a backward branch repeats and that hold no other such stretch, in code order."""
+    loops = set()
     for address, text in instructions:
         if text.startswith(("BRA", "s_cbranch", "s_branch")) and (target := re.search(r"0x([0-9a-f]+)", text)):
             begin = int(target[1], 16)
-            if begin <= address:
-                loops.append((begin, address))
-    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    if not inner:
-        return []
-    begin, end = max(inner, key=lambda loop: loop[1] - loop[0])
-    return [text for address, text in instructions if begin <= address <= end]
+            if begin < address:  # a kernel ends in a branch to itself
+                loops.add((begin, address))
+    inner = sorted(a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops))
+    return [[text for address, text in instructions if begin <= address <= end] for begin, end in inner]
 
 
 def _matrix_kind(instruction: str) -> str | None:
-    for start, name in (("HMMA", "mma.sync"), ("HGMMA", "wgmma"), ("UTC", "tcgen05"), ("v_mfma", "mfma")):
-        if instruction.startswith(start) and "MMA" in instruction.upper():
-            return name
-    return None
+    kinds = {"HMMA": "mma.sync", "HGMMA": "wgmma", "UTCHMMA": "tcgen05", "v_mfma": "mfma"}
+    return next((name for start, name in kinds.items() if instruction.startswith(start)), None)
 
 
 def _kind(instruction: str) -> str:

@@ -54,12 +54,22 @@ def _wholly_hidden(
 
 @triton.jit
 def _visible(
-    query, key, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RADIUS_ROW: tl.constexpr, RADIUS_COL: tl.constexpr
+    query, key, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RADIUS_ROW: tl.constexpr, RADIUS_COL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N]: True where query [BLOCK_M] sees key [BLOCK_N]. The window test, in its one place."""
-    rows = tl.abs(query[:, None] // WIDTH - key[None, :] // WIDTH)
-    cols = tl.abs(query[:, None] % WIDTH - key[None, :] % WIDTH)
-    return ((rows > RADIUS_ROW) | (cols > RADIUS_COL)) & (key[None, :] < HEIGHT * WIDTH)
+    """[BLOCK_M, BLOCK_N]: True where query [BLOCK_M] sees key [BLOCK_N]. The window test, in its one place.
+
+    Each distance is one unsigned comparison: below -radius it wraps to a huge number.
+    """
+    inside = (key < HEIGHT * WIDTH)[None, :]
+    if RADIUS_ROW < 0:
+        return inside & (query >= 0)[:, None]
+    key_row = key // WIDTH
+    query_row, query_col = query // WIDTH, query % WIDTH
+    row = (key_row[None, :] - (query_row - RADIUS_ROW)[:, None]).to(tl.uint32, bitcast=True)
+    col = ((key - key_row * WIDTH)[None, :] - (query_col - RADIUS_COL)[:, None]).to(tl.uint32, bitcast=True)
+    visible = (row > 2 * RADIUS_ROW) | (col > 2 * RADIUS_COL)
+    return visible & inside if HEIGHT * WIDTH % BLOCK_N != 0 else visible
 
 
 @triton.jit
@@ -84,24 +94,21 @@ def _store(
 
 
 @triton.jit
-def _scores(
-    query, key, query_first, key_first, scale_log2,
+def _products(
+    query, key, query_first, key_first,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RADIUS_ROW: tl.constexpr, RADIUS_COL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 scores [BLOCK_M, BLOCK_N] in float32, -inf where hidden."""
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
+    """Query times key, [BLOCK_M, BLOCK_N] in float32, -inf where hidden.
+
+    Not scaled yet: scaling, which is by a positive number, and subtracting are then one instruction.
+    """
+    products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     if MASKED:
-        visible = _visible(
-            query_first + tl.arange(0, BLOCK_M),
-            key_first + tl.arange(0, BLOCK_N),
-            HEIGHT,
-            WIDTH,
-            RADIUS_ROW,
-            RADIUS_COL,
-        )
-        scores = tl.where(visible, scores, float("-inf"))
-    return scores
+        query_token, key_token = query_first + tl.arange(0, BLOCK_M), key_first + tl.arange(0, BLOCK_N)
+        visible = _visible(query_token, key_token, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL, BLOCK_N)
+        products = tl.where(visible, products, float("-inf"))
+    return products
 
 
 @triton.jit
@@ -151,14 +158,14 @@ def forward_kernel(
             if not hidden:
                 key = _load(key_ptr, key_first, key_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
                 value = _load(value_ptr, key_first, value_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
-                scores = _scores(
-                    query, key, first, key_first, scale_log2, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL,
+                products = _products(
+                    query, key, first, key_first, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL,
                     BLOCK_M, BLOCK_N, MASKED, PRECISION,
                 )  # fmt: skip
-                new_max = tl.maximum(running_max, tl.max(scores, axis=1))
+                new_max = tl.maximum(running_max, tl.max(products, axis=1) * scale_log2)
                 # A row that has seen no key yet keeps a finite pivot: -inf - -inf would be NaN.
                 pivot = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-                weights = tl.exp2(scores - pivot[:, None])
+                weights = tl.exp2(products * scale_log2 - pivot[:, None])
                 correction = tl.exp2(running_max - pivot)
                 running_sum = running_sum * correction + tl.sum(weights, axis=1)
                 running_max = new_max
@@ -186,11 +193,10 @@ def _score_gradient(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(weights after dropout, gradient of the scores before scaling), both float32 [BLOCK_M, BLOCK_N]."""
-    scores = _scores(
-        query, key, query_first, key_first, scale_log2, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL,
-        BLOCK_M, BLOCK_N, MASKED, PRECISION,
-    )  # fmt: skip
-    weights = tl.exp2(scores - log_sum_exp[:, None])
+    products = _products(
+        query, key, query_first, key_first, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL, BLOCK_M, BLOCK_N, MASKED, PRECISION
+    )
+    weights = tl.exp2(products * scale_log2 - log_sum_exp[:, None])
     weight_gradient = tl.dot(out_gradient, tl.trans(value), input_precision=PRECISION)
     dropped = weights
     if DROPOUT:

@@ -32,9 +32,10 @@ ATTENTION = {
     ("forward_kernel", 2, 64): TileConfig(64, 64, 4, 2),
     ("forward_kernel", 2, 128): TileConfig(64, 64, 8, 2),
     ("forward_kernel", 4, 32): TileConfig(64, 32, 4, 1),
-    ("forward_kernel", 4, 64): TileConfig(32, 64, 8, 1),
+    ("forward_kernel", 4, 64): TileConfig(32, 32, 8, 1),
     ("forward_kernel", 4, 128): TileConfig(16, 32, 4, 1),
-    ("query_gradient_kernel", 2, 64): TileConfig(64, 64, 8, 2),
+    ("query_gradient_kernel", 2, 32): TileConfig(64, 64, 4, 2),
+    ("query_gradient_kernel", 2, 64): TileConfig(64, 32, 4, 2),
     ("query_gradient_kernel", 2, 128): TileConfig(32, 64, 8, 1),
     ("query_gradient_kernel", 4, 32): TileConfig(64, 32, 8, 1),
     ("query_gradient_kernel", 4, 64): TileConfig(16, 32, 4, 1),
@@ -43,7 +44,13 @@ ATTENTION = {
     ("key_value_gradient_kernel", 2, 128): TileConfig(32, 64, 8, 1),
     ("key_value_gradient_kernel", 4, 32): TileConfig(16, 16, 4, 1),
     ("key_value_gradient_kernel", 4, 64): TileConfig(16, 16, 4, 1),
-    ("key_value_gradient_kernel", 4, 128): TileConfig(32, 32, 8, 1, precision="ieee"),
+    ("key_value_gradient_kernel", 4, 128): TileConfig(32, 16, 8, 1, precision="ieee"),
+}
+# AMD's waves are 64 wide, and eight of them leave 256 registers each where four may have 512.
+ATTENTION_AMD = ATTENTION | {
+    ("query_gradient_kernel", 2, 128): TileConfig(64, 32, 4, 1),
+    ("key_value_gradient_kernel", 2, 128): TileConfig(32, 32, 4, 1),
+    ("key_value_gradient_kernel", 4, 128): TileConfig(32, 16, 4, 1),
 }
 
 # Jitter and project, by pass: tokens x outputs x channels. 272 and 192 channels are multiples of 16, not of 64: a
@@ -58,10 +65,13 @@ JITTER = {
 }
 
 
-def attention_tile(kernel: str, element_size: int, head_dim: int) -> TileConfig:
+def attention_tile(
+    kernel: str, element_size: int, head_dim: int, amd: bool = torch.version.hip is not None
+) -> TileConfig:
     """The tile of that kernel for elements of so many bytes and heads of that width."""
-    width = next(w for w in (32, 64, 128) if head_dim <= w and (kernel, element_size, w) in ATTENTION)
-    return ATTENTION[kernel, element_size, width]
+    table = ATTENTION_AMD if amd else ATTENTION
+    width = next(w for w in (32, 64, 128) if head_dim <= w and (kernel, element_size, w) in table)
+    return table[kernel, element_size, width]
 
 
 def dot_precision(tile: TileConfig) -> str:

@@ -90,7 +90,7 @@ def test_a_broadcast_query_with_dropout():
     assert_agree(tensors, run(tensors, (5, 7), (3, 3), "triton", p=0.2, seed=3), (5, 7), (3, 3), p=0.2, seed=3)
 
 
-ALL_TILES = sorted({*tiles.ATTENTION.values()}, key=repr)
+ALL_TILES = sorted({*tiles.ATTENTION.values(), *tiles.ATTENTION_AMD.values()}, key=repr)
 
 
 @pytest.mark.parametrize("tile", ALL_TILES, ids=lambda t: f"{t.block_m}x{t.block_n}x{t.num_warps}")
@@ -292,6 +292,9 @@ def test_what_it_does_not_take_is_named(shape, dtype, message):
     query = torch.zeros(shape, dtype=dtype, device=DEVICE)
     with pytest.raises(ValueError, match=f"impl='triton' can't serve this call: .*{message}"):
         neighbor_masked_attention(query, query, query, (2, 3), (1, 1), impl="triton")
+    with pytest.raises(ValueError, match="scale above 0, not -1.0"):
+        query = torch.zeros(1, 1, 6, 16, device=DEVICE)
+        neighbor_masked_attention(query, query, query, (2, 3), (1, 1), scale=-1.0, impl="triton")
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU does bfloat16 right")

@@ -67,9 +67,9 @@ def neighbor_masked_attention(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     _check_seed(seed, query.device)
-    impl = choose_impl(impl, query, attention_problem(query))
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
+    impl = choose_impl(impl, query, attention_problem(query, scale))
 
     if impl == "torch":
         return stock.neighbor_masked_attention(query, key, value, feature_size, neighbor_size, dropout_p, scale, seed)
@@ -183,10 +183,11 @@ def triton_problem(tensor: Tensor) -> str | None:
     return None
 
 
-def attention_problem(query: Tensor) -> str | None:
-    """Why the attention kernels do not take a query of this shape, or None."""
-    head_dim = query.shape[-1]
-    return None if head_dim <= 128 else f"they take a head_dim up to 128, not {head_dim}"
+def attention_problem(query: Tensor, scale: float) -> str | None:
+    """Why the attention kernels do not take a query of this shape or such a scale, or None."""
+    if query.shape[-1] > 128:
+        return f"they take a head_dim up to 128, not {query.shape[-1]}"
+    return None if scale > 0 else f"they take a scale above 0, not {scale}"
 
 
 @lru_cache(maxsize=32)

@@ -1,0 +1,136 @@
+"""What the compiled kernels should take on chips that are not here. PREDICTIONS from counts, nothing is measured.
+
+    python bench/cost_model.py
+
+A kernel's time is the largest of four: issue slots (instructions of the compiled inner loops, times their rounds),
+the special-function unit (exponentials), the matrix unit (whole tiles, padding included) and memory (each tensor
+read or written once). Prologues, launches and caches are left out, so it is a floor; it ranks designs, it times none.
+The dense-mask row is the same floor for scaled_dot_product_attention with tiles of 64 x 64 and a mask in the query's
+dtype: matrix, exponentials and memory alone, since its instructions are not known here. That flatters it.
+"""
+
+from dataclasses import dataclass
+
+from cases import ATTENTION, AttentionCase
+from compiled import CHIPS, Build, Chip, compile_for
+from uniad_fast.kernels import tiles
+from uniad_fast.kernels.tiles import TileConfig
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Published figures: multiprocessors, clock in Hz, memory in bytes/s, dense 16-bit matrix rate in FLOP/s.
+
+    issue: warp instructions a multiprocessor starts in a clock. special: exponentials it does in a clock.
+    """
+
+    name: str
+    chip: str
+    multiprocessors: int
+    clock: float
+    memory: float
+    matrix: float
+    issue: float = 4
+    special: float = 16
+
+
+MACHINES = [
+    Machine("A100", "sm_80", 108, 1.41e9, 2.04e12, 312e12),
+    Machine("H100", "sm_90", 132, 1.76e9, 3.35e12, 989e12),
+    Machine("B200", "sm_100", 148, 1.85e9, 8.0e12, 2250e12),
+    Machine("MI300X", "gfx942", 304, 2.1e9, 5.3e12, 1307e12, issue=1, special=16),
+]
+# Matrix products of a kernel, and the [B, H, N, D] tensors it reads and writes.
+DOTS = {"forward_kernel": 2, "query_gradient_kernel": 3, "key_value_gradient_kernel": 4}
+TENSORS = {"forward_kernel": 4, "query_gradient_kernel": 6, "key_value_gradient_kernel": 6}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds by limit; `time` is the largest and `limit` its name."""
+
+    limits: dict[str, float]
+
+    @property
+    def time(self) -> float:
+        return max(self.limits.values())
+
+    @property
+    def limit(self) -> str:
+        return max(self.limits, key=self.limits.__getitem__)
+
+
+def rounds(case: AttentionCase, tile: TileConfig, transposed: bool) -> tuple[int, int]:
+    """(visible, masked) rounds of the inner loops over all programs of one head, as `_near_blocks` splits them."""
+    (height, width), radius = case.feature_size, case.neighbor_size[0] // 2
+    own, other = (tile.block_n, tile.block_m) if transposed else (tile.block_m, tile.block_n)
+    tokens, full = height * width, height * width // other
+    visible = masked = 0
+    for first in range(0, tokens, own):
+        last = min(first + own, tokens) - 1
+        near_first = max(first // width - radius, 0) * width
+        near_last = min(last // width + radius + 1, height) * width
+        near = max(0, min(-(-near_last // other), full) - min(near_first // other, full))
+        visible += full - near
+        masked += near + (tokens % other != 0)
+    return visible, masked
+
+
+def predict(case: AttentionCase, machine: Machine, kernel: str, dropout: bool, tile: TileConfig) -> Prediction:
+    """The floor of one bf16 kernel."""
+    chip: Chip = next(chip for chip in CHIPS if chip.name == machine.chip)
+    radius = (case.neighbor_size[0] // 2, case.neighbor_size[1] // 2)
+    build = Build("attention", kernel, "bf16", case.head_dim, dropout, tile, case.feature_size, radius)
+    loops = [loop for loop in compile_for(build, chip).loops if "matrix" in loop]
+    visible_loop, masked_loop = loops[0], loops[-1]
+    heads = case.batch * case.heads
+    visible, masked = rounds(case, tile, transposed=kernel == "key_value_gradient_kernel")
+    slots = heads * tile.num_warps * (visible * sum(visible_loop.values()) + masked * sum(masked_loop.values()))
+    pairs = heads * (visible + masked) * tile.block_m * tile.block_n
+    speed = machine.multiprocessors * machine.clock
+    return Prediction(
+        {
+            "issue": slots / (machine.issue * speed),
+            "special": pairs / (machine.special * speed),
+            "matrix": 2 * DOTS[kernel] * pairs * case.head_dim / machine.matrix,
+            "memory": TENSORS[kernel] * 2 * heads * case.tokens * case.head_dim / machine.memory,
+        }
+    )
+
+
+def dense_mask(case: AttentionCase, machine: Machine) -> Prediction:
+    """The floor of a forward pass with a dense mask in 16 bits, tiles of 64 x 64."""
+    heads = case.batch * case.heads
+    pairs = heads * (-(-case.tokens // 64) * 64) ** 2
+    mask = 2 * case.tokens**2
+    return Prediction(
+        {
+            "special": pairs / (machine.special * machine.multiprocessors * machine.clock),
+            "matrix": 4 * pairs * case.head_dim / machine.matrix,
+            "memory": (4 * 2 * heads * case.tokens * case.head_dim + mask) / machine.memory,
+        }
+    )
+
+
+def main() -> None:
+    print("predicted floors in microseconds, bf16, no dropout / dropout; nothing here is measured")
+    for case in ATTENTION:
+        for machine in MACHINES:
+            line = f"{case.name:24} {machine.name:7}"
+            for kernel in DOTS:
+                tile = tiles.attention_tile(kernel, 2, case.head_dim, amd=machine.chip == "gfx942")
+                plain, dropped = (predict(case, machine, kernel, dropout, tile) for dropout in (False, True))
+                line += f"  {kernel.removesuffix('_kernel')} {plain.time * 1e6:.1f} ({plain.limit})"
+                line += f" / {dropped.time * 1e6:.1f} ({dropped.limit})"
+            dense = dense_mask(case, machine)
+            print(f"{line}  dense-mask forward {dense.time * 1e6:.1f} ({dense.limit})", flush=True)
+    print("\nchoices for the forward pass at 14 x 14, dropout, microseconds")
+    choices = [TileConfig(64, 64, 4, 2), TileConfig(64, 32, 4, 2), TileConfig(32, 64, 4, 2), TileConfig(128, 64, 8, 2)]
+    for machine in MACHINES:
+        times = [predict(ATTENTION[0], machine, "forward_kernel", True, tile).time * 1e6 for tile in choices]
+        cells = (f"{t.block_m}x{t.block_n} {time:.1f}" for t, time in zip(choices, times, strict=True))
+        print(f"{machine.name:7} " + "  ".join(cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()
