@@ -46,9 +46,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the paper's head width and channels only")
     options = parser.parse_args()
     dtypes, widths = ("fp32", "bf16", "fp16"), (32,) if options.quick else (16, 32, 64, 128)
-    builds = attention_builds(dtypes, widths, (False, True)) + jitter_builds(
-        dtypes, (272,) if options.quick else (192, 272)
-    )
     print(HEADER)
     unfit = []
     for chip in CHIPS:

@@ -102,7 +102,11 @@ def compile_for(build: Build, chip: Chip) -> Result:
     indexed = {(names.index(name),): value for name, value in constants.items()}
     options = {"num_warps": build.tile.num_warps, "num_stages": build.tile.num_stages}
     start = time.perf_counter()
-    compiled = triton.compile(ASTSource(function, signature, indexed, divisible), target=chip.target, options=options)
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # constants by name, and no hints by hand
+        source = ASTSource(function, {n: t for n, t in signature.items() if t != "constexpr"}, constants)
+    else:
+        source = ASTSource(function, signature, indexed, divisible)
+    compiled = triton.compile(source, target=chip.target, options=options)
     seconds = time.perf_counter() - start
     read = _read_amd if chip.target.backend == "hip" else _read_nvidia
     registers, spills, instructions = read(compiled)

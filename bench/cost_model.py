@@ -125,7 +125,8 @@ def main() -> None:
             dense = dense_mask(case, machine)
             print(f"{line}  dense-mask forward {dense.time * 1e6:.1f} ({dense.limit})", flush=True)
     print("\nchoices for the forward pass at 14 x 14, dropout, microseconds")
-    choices = [TileConfig(64, 64, 4, 2), TileConfig(64, 32, 4, 2), TileConfig(32, 64, 4, 2), TileConfig(128, 64, 8, 2)]
+    sizes = ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (128, 64, 8, 2), (256, 64, 8, 1))
+    choices = [TileConfig(*size) for size in sizes]
     for machine in MACHINES:
         times = [predict(ATTENTION[0], machine, "forward_kernel", True, tile).time * 1e6 for tile in choices]
         cells = (f"{t.block_m}x{t.block_n} {time:.1f}" for t, time in zip(choices, times, strict=True))
