@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import MODEL, ModelCase
-from conftest import IMPLEMENTED, synchronized_clock
+from conftest import IMPLEMENTED, note_device_figures, synchronized_clock
 from torch import nn
 
 from uniad_fast import UniAD
@@ -63,6 +63,7 @@ def test_benchmark_inference(benchmark, case, implementation, sized, device, dty
             return model({"feature_align": x})["pred"]
 
     pred = benchmark(run)
+    note_device_figures(benchmark, run)
     with torch.inference_mode():
         expected = build(case, "torch", device).eval()({"feature_align": x})["pred"]
     torch.testing.assert_close(pred, expected, rtol=3e-2, atol=3e-2)
@@ -89,4 +90,5 @@ def test_benchmark_training_step(benchmark, case, implementation, sized, device,
 
     first = step().item()
     last = benchmark(step)
+    note_device_figures(benchmark, step)
     assert 0 < last.item() < 1.5 * first

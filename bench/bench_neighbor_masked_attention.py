@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import ATTENTION, AttentionCase
-from conftest import IMPLEMENTED, synchronized_clock
+from conftest import IMPLEMENTED, note_device_figures, synchronized_clock
 from torch import Tensor
 
 from uniad_fast import neighbor_masked_attention
@@ -55,7 +55,9 @@ def test_benchmark_forward(benchmark, case, implementation, sized, device, dtype
     case = sized(case)
     note(benchmark, case, implementation, "forward")
     tensors = inputs(case, device, dtype, grad=False)
-    out = benchmark(attention(implementation, case, 0.0), *tensors)
+    run = attention(implementation, case, 0.0)
+    out = benchmark(run, *tensors)
+    note_device_figures(benchmark, lambda: run(*tensors))
     expected = attention("torch", case, 0.0)(*tensors)
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
 
@@ -70,7 +72,12 @@ def test_benchmark_forward_backward(benchmark, case, implementation, dropout_p, 
     tensors = inputs(case, device, dtype, grad=True)
     weight = torch.randn_like(tensors[0])
     run = attention(implementation, case, dropout_p)
-    gradients = benchmark(lambda: torch.autograd.grad(run(*tensors), tensors, weight))
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run(*tensors), tensors, weight)
+
+    gradients = benchmark(step)
+    note_device_figures(benchmark, step)
     assert all(gradient.isfinite().all() for gradient in gradients)
     if dropout_p == 0:
         plain = attention("torch", case, 0.0)

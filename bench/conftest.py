@@ -45,6 +45,21 @@ def synchronized_clock() -> float:
     return time.perf_counter()
 
 
+def note_device_figures(benchmark, function: Callable[[], object]) -> None:
+    """On a GPU: time of the kernels alone and peak memory of a call, into `extra_info`."""
+    if not torch.cuda.is_available() or benchmark.disabled:
+        return
+    from triton.testing import do_bench
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    benchmark.extra_info["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    benchmark.extra_info["device_ms"] = do_bench(function, return_mode="median")
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
@@ -54,9 +69,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Medians of every group and how many times as fast as the group's `public` they are."""
     session = getattr(config, "_benchmarksession", None)
     groups: dict[str, dict[str, float]] = {}
+    device_figures: dict[tuple[str, str], str] = {}
     for bench in session.benchmarks if session is not None else []:
         if bench.stats.rounds and "implementation" in bench.extra_info:
-            groups.setdefault(bench.group, {})[bench.extra_info["implementation"]] = bench.stats.median
+            implementation = bench.extra_info["implementation"]
+            groups.setdefault(bench.group, {})[implementation] = bench.stats.median
+            if "device_ms" in bench.extra_info:
+                megabytes = bench.extra_info["peak_bytes"] / 2**20
+                figures = f"  device {bench.extra_info['device_ms']:.3f} ms, peak {megabytes:.0f} MiB"
+                device_figures[bench.group, implementation] = figures
     if not groups:
         return
     write = terminalreporter.write_line
@@ -69,4 +90,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for group, medians in groups.items():
         for implementation, median in medians.items():
             ratio = f"{medians['public'] / median:6.2f} x public" if "public" in medians else ""
-            write(f"  {group:55} {implementation:10} {median * 1e3:10.2f} ms {ratio}")
+            figures = device_figures.get((group, implementation), "")
+            write(f"  {group:65} {implementation:10} {median * 1e3:10.2f} ms {ratio}{figures}")

@@ -40,7 +40,7 @@ ATTENTION = {
     ("query_gradient_kernel", 4, 32): TileConfig(64, 32, 8, 1),
     ("query_gradient_kernel", 4, 64): TileConfig(16, 32, 4, 1),
     ("query_gradient_kernel", 4, 128): TileConfig(16, 16, 4, 1),
-    ("key_value_gradient_kernel", 2, 64): TileConfig(64, 32, 4, 1),
+    ("key_value_gradient_kernel", 2, 64): TileConfig(64, 32, 4, 2),
     ("key_value_gradient_kernel", 2, 128): TileConfig(32, 64, 8, 1),
     ("key_value_gradient_kernel", 4, 32): TileConfig(16, 16, 4, 1),
     ("key_value_gradient_kernel", 4, 64): TileConfig(16, 16, 4, 1),

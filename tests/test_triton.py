@@ -264,6 +264,20 @@ def test_activation_checkpointing_draws_the_same_noise_again():
     assert torch.equal(plain[0], again[0])
 
 
+def test_ddp_takes_it(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net, tokens, seed = Net().to(DEVICE), torch.randn(2, 35, 24, device=DEVICE), torch.tensor(8, device=DEVICE)
+        wrapped = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(net))
+        wrapped(tokens, seed).square().sum().backward()
+        net(tokens, seed).square().sum().backward()
+        torch.testing.assert_close(wrapped.module.weight.grad, net.weight.grad)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_double_backward_is_refused():
     query, key, value = attention_inputs((3, 4))
     out = neighbor_masked_attention(query, key, value, (3, 4), (1, 1), impl="triton")
