@@ -4,7 +4,8 @@ impl, for both ops:
     None         the best for the tensors' device
     "reference"  the definition: plain PyTorch, materialised, any device, float64 too
     "torch"      stock PyTorch: scaled_dot_product_attention with a cached dense mask
-A named one on an input that it does not take raises; it never falls back.
+    "triton"     fused Triton kernels, for GPUs (and for CPU tensors in Triton's interpreter, which is for tests)
+A named one on an input that it does not take raises; it never falls back. None may, and says so once.
 """
 
 import math
