@@ -11,10 +11,13 @@ dtype: matrix, exponentials and memory alone, since its instructions are not kno
 
 from dataclasses import dataclass
 
+import torch
 from cases import ATTENTION, AttentionCase
 from compiled import CHIPS, Build, Chip, compile_for
 from uniad_fast.kernels import tiles
 from uniad_fast.kernels.tiles import TileConfig
+
+from uniad_fast.neighborhood import hidden_keys
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,10 @@ TENSORS = {"forward_kernel": 4, "query_gradient_kernel": 6, "key_value_gradient_
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds by limit; `time` is the largest and `limit` its name."""
+    """Seconds by limit; `time` is the largest and `limit` its name. waste: FLOPs done over the least possible."""
 
     limits: dict[str, float]
+    waste: float
 
     @property
     def time(self) -> float:
@@ -76,6 +80,12 @@ def rounds(case: AttentionCase, tile: TileConfig, transposed: bool) -> tuple[int
     return visible, masked
 
 
+def visible_pairs(case: AttentionCase) -> int:
+    """Pairs of a query and a key that it sees, in one head."""
+    hidden = hidden_keys(case.feature_size, case.neighbor_size, torch.device("cpu"))
+    return int((~hidden).sum())
+
+
 def predict(case: AttentionCase, machine: Machine, kernel: str, dropout: bool, tile: TileConfig) -> Prediction:
     """The floor of one bf16 kernel."""
     chip: Chip = next(chip for chip in CHIPS if chip.name == machine.chip)
@@ -94,7 +104,8 @@ def predict(case: AttentionCase, machine: Machine, kernel: str, dropout: bool, t
             "special": pairs / (machine.special * speed),
             "matrix": 2 * DOTS[kernel] * pairs * case.head_dim / machine.matrix,
             "memory": TENSORS[kernel] * 2 * heads * case.tokens * case.head_dim / machine.memory,
-        }
+        },
+        waste=pairs / (heads * visible_pairs(case)),
     )
 
 
@@ -108,22 +119,28 @@ def dense_mask(case: AttentionCase, machine: Machine) -> Prediction:
             "special": pairs / (machine.special * machine.multiprocessors * machine.clock),
             "matrix": 4 * pairs * case.head_dim / machine.matrix,
             "memory": (4 * 2 * heads * case.tokens * case.head_dim + mask) / machine.memory,
-        }
+        },
+        waste=pairs / (heads * visible_pairs(case)),
     )
 
 
+def row(name: str, prediction: Prediction) -> str:
+    """One line: each limit in microseconds, the largest named, and the waste."""
+    limits = "  ".join(f"{limit} {1e6 * seconds:6.1f}" for limit, seconds in prediction.limits.items())
+    return f"  {name:34} {limits:62} limit {prediction.limit:8} flops {prediction.waste:.2f} x least"
+
+
 def main() -> None:
-    print("predicted floors in microseconds, bf16, no dropout / dropout; nothing here is measured")
+    print("predicted floors in microseconds, bf16; nothing here is measured")
     for case in ATTENTION:
         for machine in MACHINES:
-            line = f"{case.name:24} {machine.name:7}"
+            print(f"{case.name} on {machine.name}")
             for kernel in DOTS:
                 tile = tiles.attention_tile(kernel, 2, case.head_dim, amd=machine.chip == "gfx942")
-                plain, dropped = (predict(case, machine, kernel, dropout, tile) for dropout in (False, True))
-                line += f"  {kernel.removesuffix('_kernel')} {plain.time * 1e6:.1f} ({plain.limit})"
-                line += f" / {dropped.time * 1e6:.1f} ({dropped.limit})"
-            dense = dense_mask(case, machine)
-            print(f"{line}  dense-mask forward {dense.time * 1e6:.1f} ({dense.limit})", flush=True)
+                for dropout in (False, True):
+                    name = kernel.removesuffix("_kernel") + (", dropout" if dropout else "")
+                    print(row(name, predict(case, machine, kernel, dropout, tile)), flush=True)
+            print(row("dense mask, forward, without issue", dense_mask(case, machine)))
     print("\nchoices for the forward pass at 14 x 14, dropout, microseconds")
     sizes = ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (128, 64, 8, 2), (256, 64, 8, 1))
     choices = [TileConfig(*size) for size in sizes]

@@ -35,6 +35,16 @@ def _near_blocks(
 
 
 @triton.jit
+def _block_at(step, begin, end, FULL_BLOCKS: tl.constexpr, MASKED: tl.constexpr):
+    """The block of a loop's step: the near ones and then the last, not full one; or all the visible ones."""
+    if MASKED:
+        block = tl.where(step < end - begin, begin + step, FULL_BLOCKS)
+    else:
+        block = tl.where(step < begin, step, step + end - begin)
+    return block
+
+
+@triton.jit
 def _wholly_hidden(
     first, BLOCK: tl.constexpr, other, OTHER: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RADIUS_ROW: tl.constexpr, RADIUS_COL: tl.constexpr,
@@ -147,11 +157,7 @@ def forward_kernel(
     for MASKED in tl.static_range(2):
         blocks = end - begin + (N % BLOCK_N != 0) if MASKED else FULL_BLOCKS - (end - begin)
         for step in range(0, blocks):
-            if MASKED:
-                block = tl.where(step < end - begin, begin + step, FULL_BLOCKS)
-            else:
-                block = tl.where(step < begin, step, step + end - begin)
-            key_first = block * BLOCK_N
+            key_first = _block_at(step, begin, end, FULL_BLOCKS, MASKED) * BLOCK_N
             hidden = False
             if MASKED and SKIP:
                 hidden = _wholly_hidden(first, BLOCK_M, key_first, BLOCK_N, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL)
@@ -253,11 +259,7 @@ def query_gradient_kernel(
     for MASKED in tl.static_range(2):
         blocks = end - begin + (N % BLOCK_N != 0) if MASKED else FULL_BLOCKS - (end - begin)
         for step in range(0, blocks):
-            if MASKED:
-                block = tl.where(step < end - begin, begin + step, FULL_BLOCKS)
-            else:
-                block = tl.where(step < begin, step, step + end - begin)
-            key_first = block * BLOCK_N
+            key_first = _block_at(step, begin, end, FULL_BLOCKS, MASKED) * BLOCK_N
             hidden = False
             if MASKED and SKIP:
                 hidden = _wholly_hidden(first, BLOCK_M, key_first, BLOCK_N, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL)
@@ -312,11 +314,7 @@ def key_value_gradient_kernel(
     for MASKED in tl.static_range(2):
         blocks = end - begin + (N % BLOCK_M != 0) if MASKED else FULL_BLOCKS - (end - begin)
         for step in range(0, blocks):
-            if MASKED:
-                block = tl.where(step < end - begin, begin + step, FULL_BLOCKS)
-            else:
-                block = tl.where(step < begin, step, step + end - begin)
-            query_first = block * BLOCK_M
+            query_first = _block_at(step, begin, end, FULL_BLOCKS, MASKED) * BLOCK_M
             hidden = False
             if MASKED and SKIP:
                 hidden = _wholly_hidden(first, BLOCK_N, query_first, BLOCK_M, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL)

@@ -16,6 +16,7 @@ def test_threshold_is_the_order_statistic():
     scores = list(range(1, 100))  # 99 scores: with the next image, 100 equally likely ranks
     assert threshold_for(scores, 0.05) == (95.0, 0.05)
     assert threshold_for(scores, 0.01) == (99.0, 0.01)
+    assert threshold_for(range(1, 101), 0.05) == (96.0, 0.05)  # 95 would let 6 of 101 ranks through
     assert threshold_for(scores[:9], 0.01) == (9.0, 0.1)  # nine images can't promise one percent
 
 

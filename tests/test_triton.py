@@ -2,12 +2,14 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from uniad_fast import UniAD, jitter_project, neighbor_masked_attention, noise, registered
+from uniad_fast import UniAD, functional, jitter_project, neighbor_masked_attention, noise, registered
+from uniad_fast.neighborhood import hidden_keys
 from uniad_fast.testing import assert_within_budget
 
 triton = pytest.importorskip("triton")
@@ -30,12 +32,64 @@ def run(tensors, feature_size, neighbor_size, impl, p=0.0, seed=None, **options)
     return [out, *torch.autograd.grad(out, tensors, weight)]
 
 
-def assert_agree(tensors, ours, feature_size, neighbor_size, **options):
-    """`ours` within the budget of the reference in float64, the plain way being the reference in the same dtype."""
+def plain_low_precision(tensors, feature_size, neighbor_size, p, seed):
+    """Attention by stock operations in the tensors' own dtype, with the reference's draws."""
+    query, key, value = (t.detach().requires_grad_() for t in tensors)
+    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    hidden = hidden_keys(feature_size, neighbor_size, DEVICE)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden.all(1, keepdim=True), 0)
+    if p > 0:
+        keep = noise.keep_mask(seed, (weights.shape[0] * weights.shape[1], *weights.shape[2:]), p, DEVICE)
+        weights = weights * keep.view_as(weights) / (1 - p)
+    out = weights @ value
+    weight = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=out.dtype).view_as(out)
+    return [out, *(g.nan_to_num() for g in torch.autograd.grad(out, (query, key, value), weight))]
+
+
+def assert_agree(tensors, ours, feature_size, neighbor_size, low_precision=False, **options):
+    """`ours` within the budget of the reference in float64, the plain way being the reference in the same dtype.
+
+    low_precision: the plain way is stock operations that round every intermediate; the reference computes in float32.
+    """
     truth = run([t.double() for t in tensors], feature_size, neighbor_size, "reference", **options)
-    plain = run(tensors, feature_size, neighbor_size, "reference", **options)
+    if low_precision:
+        plain = plain_low_precision(tensors, feature_size, neighbor_size, **options)
+    else:
+        plain = run(tensors, feature_size, neighbor_size, "reference", **options)
     for name, mine, true, theirs in zip(("out", "dq", "dk", "dv"), ours, truth, plain, strict=True):
         assert_within_budget(mine, true, theirs, name)
+
+
+@pytest.fixture
+def right_bfloat16(monkeypatch):
+    """Triton 3.8's interpreter multiplies bfloat16's bit patterns, and truncates where a GPU rounds to nearest even.
+
+    Both are put right here, so that the kernels' bfloat16 is run and not only compiled. A GPU needs nothing.
+    """
+    if DEVICE.type == "cuda":
+        return
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    cast, dot = builder.cast_impl, builder.create_dot
+
+    def widen(tensor):
+        if tensor.dtype.scalar != tl.bfloat16:
+            return tensor
+        return handle((tensor.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar == tl.bfloat16:
+            return cast(self, widen(src), dst_type) if dst_type.scalar != tl.float32 else widen(src)
+        if dst_type.scalar == tl.bfloat16:
+            assert src.dtype.scalar == tl.float32 and not np.isnan(src.data).any()
+            bits = np.ascontiguousarray(src.data).view(np.uint32)
+            return handle(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16), tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    monkeypatch.setattr(builder, "cast_impl", cast_impl)
+    monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest))
+    monkeypatch.setattr(functional, "triton_problem", lambda _: None)
 
 
 @triton.jit
@@ -77,6 +131,31 @@ def test_dropout_is_the_references(feature_size, neighbor_size, dtype):
     tensors = attention_inputs(feature_size, dtype=dtype)
     ours = run(tensors, feature_size, neighbor_size, "triton", p=0.3, seed=11)
     assert_agree(tensors, ours, feature_size, neighbor_size, p=0.3, seed=11)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("feature_size", "neighbor_size"), [((7, 13), (3, 5)), ((5, 6), (5, 7)), ((14, 14), (7, 7))])
+def test_bfloat16_attention(right_bfloat16, feature_size, neighbor_size, p):
+    tensors = attention_inputs(feature_size, dtype=torch.bfloat16)
+    ours = run(tensors, feature_size, neighbor_size, "triton", p=p, seed=11)
+    assert_agree(tensors, ours, feature_size, neighbor_size, low_precision=True, p=p, seed=11)
+
+
+@pytest.mark.parametrize("shape", [(7, 13), (2, 49, 272)], ids=str)
+def test_bfloat16_jitter(right_bfloat16, shape):
+    tensors = [torch.randn(s, device=DEVICE).to(torch.bfloat16) for s in (shape, (10, shape[-1]), (10,))]
+
+    def run_jitter(impl, *tensors):
+        tensors = [t.detach().requires_grad_() for t in tensors]
+        out = jitter_project(*tensors, scale=5.0, seed=9, impl=impl)
+        return [out, *torch.autograd.grad(out.float().square().sum() / shape[-1], tensors)]
+
+    truth = run_jitter("reference", *(t.double() for t in tensors))
+    ours = run_jitter("triton", *tensors)
+    assert all(t.dtype == torch.bfloat16 for t in ours)
+    for name, mine, true in zip(("out", "dtokens", "dweight", "dbias"), ours, truth, strict=True):
+        # Plain bfloat16 rounds the noisy tokens and the gradient of the output, as the kernels do.
+        assert_within_budget(mine, true, true + 2.0**-8 * true.abs().max(), name)
 
 
 @pytest.mark.parametrize("head_dim", [16, 24, 32, 64, 80, 128])
