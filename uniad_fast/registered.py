@@ -32,18 +32,7 @@ def attention_forward(
 
 
 @attention_forward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seed: Tensor | None,
-    height: int,
-    width: int,
-    radius_row: int,
-    radius_col: int,
-    dropout_p: float,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _ = key.shape
     return _tokens_first(key), key.new_empty(batch * heads, tokens, dtype=torch.float32)
 
@@ -72,21 +61,7 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(
-    out_gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    log_sum_exp: Tensor,
-    seed: Tensor | None,
-    height: int,
-    width: int,
-    radius_row: int,
-    radius_col: int,
-    dropout_p: float,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(out_gradient: Tensor, query: Tensor, key: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     query_gradient = _tokens_first(key)
     if query.shape[0] != key.shape[0]:
         query_gradient = query.new_empty(query.shape)
