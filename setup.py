@@ -32,6 +32,8 @@ setup(
         "typer>=0.20",
     ],
     extras_require={
+        # torch's CUDA and ROCm builds bring the release they want. The kernels compile with 3.2 to 3.8.
+        "triton": ["triton>=3.2,<3.9"],
         "demo": DEMO,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.6", "mypy>=1.11", "pre-commit>=3", "scikit-image>=0.22"],

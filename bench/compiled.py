@@ -7,13 +7,14 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from uniad_fast.kernels import jitter_project, neighbor_masked_attention, tiles
+from uniad_fast.kernels import jitter_project, neighbor_masked_attention, tiles, whole_sequence_attention
 from uniad_fast.kernels.tiles import TileConfig
 
 
@@ -73,13 +74,17 @@ def attention_builds(
 ) -> list[Build]:
     """Every attention kernel shipped for the chip, for these dtypes and head widths."""
     amd = chip.target.backend == "hip"
-    return [
-        Build("attention", kernel, dtype, head_dim, drop, tiles.attention_tile(kernel, DTYPES[dtype], head_dim, amd))
-        for kernel in ATTENTION_KERNELS
-        for dtype in dtypes
-        for head_dim in head_dims
-        for drop in dropout
-    ]
+    builds = []
+    for dtype, head_dim in product(dtypes, head_dims):
+        chosen = {kernel: tiles.attention_tile(kernel, DTYPES[dtype], head_dim, amd) for kernel in ATTENTION_KERNELS}
+        if whole := tiles.whole_sequence_tile(196, DTYPES[dtype], head_dim, blackwell=chip.name == "sm_100"):
+            chosen["whole_sequence_kernel"] = whole
+        builds += [
+            Build("attention", kernel, dtype, head_dim, drop, tile)
+            for kernel, tile in chosen.items()
+            for drop in dropout
+        ]
+    return builds
 
 
 def jitter_builds(dtypes: tuple[str, ...], channels: tuple[int, ...]) -> list[Build]:
@@ -102,8 +107,12 @@ def compile_for(build: Build, chip: Chip) -> Result:
     indexed = {(names.index(name),): value for name, value in constants.items()}
     options = {"num_warps": build.tile.num_warps, "num_stages": build.tile.num_stages}
     start = time.perf_counter()
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # constants by name, and no hints by hand
-        source = ASTSource(function, {n: t for n, t in signature.items() if t != "constexpr"}, constants)
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # constants by name, hints in a class of their own
+        from triton.backends.compiler import AttrsDescriptor
+
+        hints = {"arg_properties": {"tt.divisibility": [i for (i,) in divisible], "tt.equal_to": []}}
+        attributes = AttrsDescriptor.from_dict(hints | {"cls": "AttrsDescriptor"})
+        source = ASTSource(function, {n: t for n, t in signature.items() if t != "constexpr"}, constants, attributes)
     else:
         source = ASTSource(function, signature, indexed, divisible)
     compiled = triton.compile(source, target=chip.target, options=options)
@@ -131,10 +140,10 @@ def _function_and_constants(build: Build, chip: Chip) -> tuple[Any, dict[str, An
         constants = {
             "HEIGHT": height, "WIDTH": width, "RADIUS_ROW": radius_row, "RADIUS_COL": radius_col,
             "HEAD_DIM": build.width, "BLOCK_D": max(16, triton.next_power_of_2(build.width)),
-            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "DROPOUT": build.dropout, "SKIP": False,
-            "PRECISION": precision,
-        }  # fmt: skip
-        return getattr(neighbor_masked_attention, build.kernel), constants
+            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "DROPOUT": build.dropout, "PRECISION": precision,
+        } | ({} if tile.whole else {"SKIP": False})  # fmt: skip
+        module = whole_sequence_attention if build.kernel == "whole_sequence_kernel" else neighbor_masked_attention
+        return getattr(module, build.kernel), constants
     constants = {
         "CHANNELS": build.width, "OUT": 256, "BLOCK_T": tile.block_m, "BLOCK_O": tile.block_n, "BLOCK_C": tile.block_k,
         "BIAS": True, "SOME": False, "PRECISION": precision,

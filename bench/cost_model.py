@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from cases import ATTENTION, AttentionCase
 from compiled import CHIPS, Build, Chip, compile_for
-from uniad_fast.kernels import tiles
-from uniad_fast.kernels.tiles import TileConfig
+from uniad_fast.kernels.tiles import TileConfig, attention_tile, whole_sequence_tile
 
 from uniad_fast.neighborhood import hidden_keys
 
@@ -44,8 +43,8 @@ MACHINES = [
     Machine("MI300X", "gfx942", 304, 2.1e9, 5.3e12, 1307e12, issue=1, special=16),
 ]
 # Matrix products of a kernel, and the [B, H, N, D] tensors it reads and writes.
-DOTS = {"forward_kernel": 2, "query_gradient_kernel": 3, "key_value_gradient_kernel": 4}
-TENSORS = {"forward_kernel": 4, "query_gradient_kernel": 6, "key_value_gradient_kernel": 6}
+DOTS = {"forward_kernel": 2, "whole_sequence_kernel": 2, "query_gradient_kernel": 3, "key_value_gradient_kernel": 4}
+TENSORS = {"forward_kernel": 4, "whole_sequence_kernel": 4, "query_gradient_kernel": 6, "key_value_gradient_kernel": 6}
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,8 @@ def predict(case: AttentionCase, machine: Machine, kernel: str, dropout: bool, t
     visible_loop, masked_loop = loops[0], loops[-1]
     heads = case.batch * case.heads
     visible, masked = rounds(case, tile, transposed=kernel == "key_value_gradient_kernel")
+    if tile.whole:
+        visible, masked = 0, -(-case.tokens // tile.block_m)
     slots = heads * tile.num_warps * (visible * sum(visible_loop.values()) + masked * sum(masked_loop.values()))
     pairs = heads * (visible + masked) * tile.block_m * tile.block_n
     speed = machine.multiprocessors * machine.clock
@@ -109,19 +110,35 @@ def predict(case: AttentionCase, machine: Machine, kernel: str, dropout: bool, t
     )
 
 
-def dense_mask(case: AttentionCase, machine: Machine) -> Prediction:
-    """The floor of a forward pass with a dense mask in 16 bits, tiles of 64 x 64."""
+def dense_mask(case: AttentionCase, machine: Machine, backward: bool) -> Prediction:
+    """The floor of a pass with a dense mask in 16 bits, tiles of 64 x 64; backward in one kernel, as far as that goes.
+
+    Forward: two products; q, k, v and the output. Backward: five products; those four, their four gradients.
+    """
     heads = case.batch * case.heads
     pairs = heads * (-(-case.tokens // 64) * 64) ** 2
-    mask = 2 * case.tokens**2
+    products, tensors = (5, 8) if backward else (2, 4)
     return Prediction(
         {
             "special": pairs / (machine.special * machine.multiprocessors * machine.clock),
-            "matrix": 4 * pairs * case.head_dim / machine.matrix,
-            "memory": (4 * 2 * heads * case.tokens * case.head_dim + mask) / machine.memory,
+            "matrix": 2 * products * pairs * case.head_dim / machine.matrix,
+            "memory": (tensors * 2 * heads * case.tokens * case.head_dim + 2 * case.tokens**2) / machine.memory,
         },
         waste=pairs / (heads * visible_pairs(case)),
     )
+
+
+def shipped(case: AttentionCase, machine: Machine) -> dict[str, TileConfig]:
+    """The tile of each kernel that serves the case on that machine."""
+    amd, blackwell = machine.chip == "gfx942", machine.chip == "sm_100"
+    chosen = {
+        kernel: attention_tile(kernel, 2, case.head_dim, amd)
+        for kernel in ("forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel")
+    }
+    if whole := whole_sequence_tile(case.tokens, 2, case.head_dim, blackwell):
+        del chosen["forward_kernel"]
+        chosen = {"whole_sequence_kernel": whole} | chosen
+    return chosen
 
 
 def row(name: str, prediction: Prediction) -> str:
@@ -135,18 +152,23 @@ def main() -> None:
     for case in ATTENTION:
         for machine in MACHINES:
             print(f"{case.name} on {machine.name}")
-            for kernel in DOTS:
-                tile = tiles.attention_tile(kernel, 2, case.head_dim, amd=machine.chip == "gfx942")
+            for kernel, tile in shipped(case, machine).items():
                 for dropout in (False, True):
                     name = kernel.removesuffix("_kernel") + (", dropout" if dropout else "")
                     print(row(name, predict(case, machine, kernel, dropout, tile)), flush=True)
-            print(row("dense mask, forward, without issue", dense_mask(case, machine)))
-    print("\nchoices for the forward pass at 14 x 14, dropout, microseconds")
+            for backward in (False, True):
+                name = f"dense mask, {'backward' if backward else 'forward'}, without issue"
+                print(row(name, dense_mask(case, machine, backward)))
+    print("\nchoices for the forward pass at 14 x 14: tile/warps, microseconds without / with dropout")
     sizes = ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (128, 64, 8, 2), (256, 64, 8, 1))
-    choices = [TileConfig(*size) for size in sizes]
+    choices = [("forward_kernel", TileConfig(*size)) for size in sizes]
+    choices += [("whole_sequence_kernel", TileConfig(m, 256, warps, 1, whole=True)) for m, warps in ((64, 4), (64, 8))]
     for machine in MACHINES:
-        times = [predict(ATTENTION[0], machine, "forward_kernel", True, tile).time * 1e6 for tile in choices]
-        cells = (f"{t.block_m}x{t.block_n} {time:.1f}" for t, time in zip(choices, times, strict=True))
+        cells = []
+        for kernel, tile in choices:
+            times = [predict(ATTENTION[0], machine, kernel, dropout, tile).time * 1e6 for dropout in (False, True)]
+            name = f"{'whole ' if tile.whole else ''}{tile.block_m}x{tile.block_n}/{tile.num_warps}"
+            cells.append(f"{name} {times[0]:.1f} / {times[1]:.1f}")
         print(f"{machine.name:7} " + "  ".join(cells), flush=True)
 
 

@@ -8,13 +8,8 @@ from torch import Tensor
 
 from . import jitter_project as jitter
 from . import neighbor_masked_attention as attention
-from .tiles import (
-    JITTER,
-    TileConfig,
-    attention_tile,
-    dot_precision,
-    skipping_pays,
-)
+from .tiles import JITTER, TileConfig, attention_tile, dot_precision, skipping_pays, whole_sequence_tile
+from .whole_sequence_attention import whole_sequence_kernel
 
 INTERPRETED = not isinstance(attention.forward_kernel, triton.JITFunction)
 """Whether Triton's interpreter runs the kernels, on CPU tensors."""
@@ -44,10 +39,19 @@ def attention_forward(
     log_sum_exp = torch.empty(batch * heads, tokens, dtype=torch.float32, device=key.device)
     if out.numel() == 0:
         return out, log_sum_exp
-    tile = tile or attention_tile("forward_kernel", key.element_size(), head_dim)
+    tile = (
+        tile
+        or whole_sequence_tile(tokens, key.element_size(), head_dim, _is_blackwell(key.device))
+        or attention_tile("forward_kernel", key.element_size(), head_dim)
+    )
     query, key, value = (_unit_last_stride(t) for t in (query, key, value))
+    geometry = _geometry(height, width, radius_row, radius_col, head_dim, tile, transposed=False)
+    kernel, programs = attention.forward_kernel, batch * heads * triton.cdiv(tokens, tile.block_m)
+    if tile.whole:
+        kernel, programs = whole_sequence_kernel, batch * heads
+        del geometry["SKIP"]  # nothing is skipped where all keys are one block
     with _on(key.device):
-        attention.forward_kernel[(batch * heads * triton.cdiv(tokens, tile.block_m),)](
+        kernel[(programs,)](
             query_ptr=query,
             key_ptr=key,
             value_ptr=value,
@@ -58,7 +62,7 @@ def attention_forward(
             heads=heads,
             scale_log2=scale * math.log2(math.e),
             **_dropout(dropout_p),
-            **_geometry(height, width, radius_row, radius_col, head_dim, tile, transposed=False),
+            **geometry,
             DROPOUT=dropout_p > 0,
         )
     return out, log_sum_exp
@@ -257,6 +261,10 @@ def _like_tokens_first(key: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def _unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _is_blackwell(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 10
 
 
 def _on(device: torch.device) -> torch.cuda.device:

@@ -83,7 +83,9 @@ def _visible(
 
 
 @triton.jit
-def _load(ptr, first, stride, N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_tokens(
+    ptr, first, stride, N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Tokens [first, first + BLOCK) of one head as [BLOCK, BLOCK_D], zeros beyond N and HEAD_DIM."""
     token, channel = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     start = ptr + first.to(tl.int64) * stride
@@ -94,7 +96,7 @@ def _load(ptr, first, stride, N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def _store(
+def store_tokens(
     ptr, value, first, stride, N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     token, channel = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
@@ -104,7 +106,7 @@ def _store(
 
 
 @triton.jit
-def _products(
+def query_key_products(
     query, key, query_first, key_first,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RADIUS_ROW: tl.constexpr, RADIUS_COL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -147,7 +149,7 @@ def forward_kernel(
     value_ptr += batch * value_stride_b + head * value_stride_h
     out_ptr += batch * out_stride_b + head * out_stride_h
 
-    query = _load(query_ptr, first, query_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
+    query = load_tokens(query_ptr, first, query_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -162,9 +164,9 @@ def forward_kernel(
             if MASKED and SKIP:
                 hidden = _wholly_hidden(first, BLOCK_M, key_first, BLOCK_N, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL)
             if not hidden:
-                key = _load(key_ptr, key_first, key_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
-                value = _load(value_ptr, key_first, value_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
-                products = _products(
+                key = load_tokens(key_ptr, key_first, key_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
+                value = load_tokens(value_ptr, key_first, value_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
+                products = query_key_products(
                     query, key, first, key_first, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL,
                     BLOCK_M, BLOCK_N, MASKED, PRECISION,
                 )  # fmt: skip
@@ -185,7 +187,9 @@ def forward_kernel(
 
     empty = running_sum == 0.0
     total = tl.where(empty, 1.0, running_sum)
-    _store(out_ptr, accumulator * (keep_scale / total)[:, None], first, out_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
+    store_tokens(
+        out_ptr, accumulator * (keep_scale / total)[:, None], first, out_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D
+    )
     token = first + tl.arange(0, BLOCK_M)
     log_sum_exp = tl.where(empty, float("inf"), running_max + tl.log2(total))
     tl.store(log_sum_exp_ptr + plane.to(tl.int64) * N + token, log_sum_exp, mask=token < N)
@@ -199,7 +203,7 @@ def _score_gradient(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(weights after dropout, gradient of the scores before scaling), both float32 [BLOCK_M, BLOCK_N]."""
-    products = _products(
+    products = query_key_products(
         query, key, query_first, key_first, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL, BLOCK_M, BLOCK_N, MASKED, PRECISION
     )
     weights = tl.exp2(products * scale_log2 - log_sum_exp[:, None])
@@ -243,9 +247,9 @@ def query_gradient_kernel(
     out_gradient_ptr += batch * out_gradient_stride_b + head * out_gradient_stride_h
     query_gradient_ptr += batch * query_gradient_stride_b + head * query_gradient_stride_h
 
-    query = _load(query_ptr, first, query_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
-    out = _load(out_ptr, first, out_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
-    out_gradient = _load(out_gradient_ptr, first, out_gradient_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
+    query = load_tokens(query_ptr, first, query_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
+    out = load_tokens(out_ptr, first, out_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
+    out_gradient = load_tokens(out_gradient_ptr, first, out_gradient_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
     token = first + tl.arange(0, BLOCK_M)
     row = plane.to(tl.int64) * N + token
     log_sum_exp = tl.load(log_sum_exp_ptr + row, mask=token < N, other=float("inf"))
@@ -264,15 +268,15 @@ def query_gradient_kernel(
             if MASKED and SKIP:
                 hidden = _wholly_hidden(first, BLOCK_M, key_first, BLOCK_N, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL)
             if not hidden:
-                key = _load(key_ptr, key_first, key_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
-                value = _load(value_ptr, key_first, value_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
+                key = load_tokens(key_ptr, key_first, key_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
+                value = load_tokens(value_ptr, key_first, value_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
                 _, gradient = _score_gradient(
                     query, key, value, out_gradient, log_sum_exp, delta, seed, plane, first, key_first,
                     scale_log2, keep_threshold, keep_scale, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL,
                     BLOCK_M, BLOCK_N, MASKED, DROPOUT, PRECISION,
                 )  # fmt: skip
                 accumulator = tl.dot(gradient.to(key.dtype), key, accumulator, input_precision=PRECISION)
-    _store(query_gradient_ptr, accumulator * scale, first, query_gradient_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
+    store_tokens(query_gradient_ptr, accumulator * scale, first, query_gradient_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
@@ -304,8 +308,8 @@ def key_value_gradient_kernel(
     key_gradient_ptr += batch * key_gradient_stride_b + head * key_gradient_stride_h
     value_gradient_ptr += batch * key_gradient_stride_b + head * key_gradient_stride_h
 
-    key = _load(key_ptr, first, key_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
-    value = _load(value_ptr, first, value_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
+    key = load_tokens(key_ptr, first, key_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
+    value = load_tokens(value_ptr, first, value_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     key_accumulator = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     value_accumulator = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -319,8 +323,8 @@ def key_value_gradient_kernel(
             if MASKED and SKIP:
                 hidden = _wholly_hidden(first, BLOCK_N, query_first, BLOCK_M, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL)
             if not hidden:
-                query = _load(query_ptr, query_first, query_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
-                out_gradient = _load(
+                query = load_tokens(query_ptr, query_first, query_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
+                out_gradient = load_tokens(
                     out_gradient_ptr, query_first, out_gradient_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D
                 )
                 token = query_first + tl.arange(0, BLOCK_M)
@@ -338,5 +342,5 @@ def key_value_gradient_kernel(
                 key_accumulator = tl.dot(
                     tl.trans(gradient.to(key.dtype)), query, key_accumulator, input_precision=PRECISION
                 )
-    _store(key_gradient_ptr, key_accumulator * scale, first, key_gradient_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
-    _store(value_gradient_ptr, value_accumulator, first, key_gradient_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
+    store_tokens(key_gradient_ptr, key_accumulator * scale, first, key_gradient_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
+    store_tokens(value_gradient_ptr, value_accumulator, first, key_gradient_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)

@@ -13,6 +13,7 @@ class TileConfig:
     """Tile of a kernel: block_m queries or tokens by block_n keys or outputs (by block_k channels), warps, stages.
 
     precision: of float32 dots, where TF32 is not allowed: three of tf32, or "ieee" on the ordinary units.
+    whole: block_n holds every key, for the kernel that has one program a head.
     """
 
     block_m: int
@@ -21,6 +22,7 @@ class TileConfig:
     num_stages: int
     block_k: int = 0
     precision: str = "tf32x3"
+    whole: bool = False
 
 
 # By kernel, bytes of an element, and width of a head. 64 keys a step: a Philox call serves eight columns that are
@@ -72,6 +74,17 @@ def attention_tile(
     table = ATTENTION_AMD if amd else ATTENTION
     width = next(w for w in (32, 64, 128) if head_dim <= w and (kernel, element_size, w) in table)
     return table[kernel, element_size, width]
+
+
+def whole_sequence_tile(tokens: int, element_size: int, head_dim: int, blackwell: bool) -> TileConfig | None:
+    """The tile for one program a head in the forward pass, or None where a program a block of queries is better.
+
+    Up to 64 tokens are one block anyway. 256 keys fill the registers at a width of 32 in 16 bits; beyond that, and
+    with Blackwell's accumulators, which are read back through registers, they spill.
+    """
+    if blackwell or element_size != 2 or head_dim > 32 or not 64 < tokens <= 256:
+        return None
+    return TileConfig(64, 128 if tokens <= 128 else 256, 4, 1, whole=True)
 
 
 def dot_precision(tile: TileConfig) -> str:

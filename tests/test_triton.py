@@ -180,6 +180,27 @@ def test_every_tile_runs(tile, monkeypatch):
     assert_agree(tensors, ours, feature_size, neighbor_size, p=0.1, seed=5)
 
 
+@pytest.mark.parametrize(
+    ("feature_size", "neighbor_size"), [((14, 14), (7, 7)), ((2, 65), (1, 129)), ((5, 13), (9, 25)), ((16, 16), None)]
+)
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_whole_sequences(feature_size, neighbor_size, p, monkeypatch):
+    """One program a head. float32 is too wide for it on a chip; here it holds outputs, and gradients from its sums."""
+    monkeypatch.setattr(launch, "whole_sequence_tile", lambda *_: tiles.TileConfig(64, 256, 4, 1, whole=True))
+    tensors = attention_inputs(feature_size, batch=2, query_batch=1)
+    ours = run(tensors, feature_size, neighbor_size, "triton", p=p, seed=5)
+    assert_agree(tensors, ours, feature_size, neighbor_size, p=p, seed=5)
+
+
+def test_whole_sequences_serve_what_fits():
+    assert tiles.whole_sequence_tile(196, 2, 32, blackwell=False) == tiles.TileConfig(64, 256, 4, 1, whole=True)
+    assert tiles.whole_sequence_tile(100, 2, 16, blackwell=False).block_n == 128
+    for tokens, element_size, head_dim, blackwell in (
+        (64, 2, 32, False), (257, 2, 32, False), (196, 4, 32, False), (196, 2, 64, False), (196, 2, 32, True),
+    ):  # fmt: skip
+        assert tiles.whole_sequence_tile(tokens, element_size, head_dim, blackwell) is None
+
+
 def test_wholly_hidden_blocks_are_skipped_where_there_are_enough():
     assert tiles.skipping_pays(2, 128, 0, 126, 64, 64)
     assert not tiles.skipping_pays(14, 14, 3, 3, 64, 64)
