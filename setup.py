@@ -19,6 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["uniad_fast", "uniad_fast.kernels"],
+    package_data={"uniad_fast.kernels": ["*.cpp", "*.h"]},
     package_dir={"uniad_fast.kernels": "kernels"},
     install_requires=[
         "torch>=2.6",
@@ -27,12 +28,13 @@ setup(
         "numpy>=2.0",
         "pillow>=10.3",
         "safetensors>=0.4",
+        "ninja>=1.11",  # builds the C++ kernels
         "scipy>=1.11",
         "tqdm>=4.66",
         "typer>=0.20",
     ],
     extras_require={
-        # torch's CUDA and ROCm builds bring the release they want. The kernels compile with 3.2 to 3.8.
+        # torch's CUDA and ROCm builds bring the release they want. The kernels compile with 3.2 to 3.8, 3.3 not on AMD.
         "triton": ["triton>=3.2,<3.9"],
         "demo": DEMO,
         "test": TEST,

@@ -9,7 +9,7 @@ from uniad_fast.functional import IMPLS
 from uniad_fast.testing import assert_within_budget
 
 IMPL = pytest.mark.parametrize("impl", IMPLS)
-WIDEST = {impl: torch.float32 if impl == "triton" else torch.float64 for impl in IMPLS}
+WIDEST = {impl: torch.float32 if impl in ("cpu", "triton") else torch.float64 for impl in IMPLS}
 CPU = torch.device("cpu")
 
 

@@ -26,7 +26,7 @@ SHAPES = [
 ]
 IMPL = pytest.mark.parametrize("impl", IMPLS)
 # The kernels take no float64: theirs is the widest they have, with what that allows.
-WIDEST = {impl: torch.float32 if impl == "triton" else torch.float64 for impl in IMPLS}
+WIDEST = {impl: torch.float32 if impl in ("cpu", "triton") else torch.float64 for impl in IMPLS}
 CLOSE = {torch.float64: dict(rtol=1e-10, atol=1e-12), torch.float32: dict(rtol=1e-4, atol=1e-5)}
 
 

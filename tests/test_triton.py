@@ -87,7 +87,7 @@ def right_bfloat16(monkeypatch):
 
     monkeypatch.setattr(builder, "cast_impl", cast_impl)
     monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest))
-    monkeypatch.setattr(functional, "triton_problem", lambda _: None)
+    monkeypatch.setattr(functional, "kernel_problem", lambda *_: None)
 
 
 @triton.jit

@@ -23,57 +23,67 @@ def neighbor_masked_attention(
     dropout_p: float,
     scale: float,
     seed: Tensor | None,
+    impl: str,
 ) -> Tensor:
-    """As `reference.neighbor_masked_attention`, by the Triton kernels; the seed is a 0-d int64 tensor on the device."""
+    """As `reference.neighbor_masked_attention`, by the kernels; the seed is a 0-d int64 tensor on the device."""
     arguments = (*feature_size, *neighborhood_radius(neighbor_size), dropout_p, scale)
     if torch.compiler.is_compiling():
-        return registered.attention_forward(query, key, value, seed, *arguments)[0]
+        return registered.attention_forward(query, key, value, seed, *arguments, impl)[0]
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return _Attention.apply(query, key, value, seed, arguments)
-    return registered.launch().attention_forward(query, key, value, seed, *arguments)[0]
+        return _Attention.apply(query, key, value, seed, arguments, impl)
+    return registered.launch(impl).attention_forward(query, key, value, seed, *arguments)[0]
 
 
 def jitter_project(
-    tokens: Tensor, weight: Tensor, bias: Tensor | None, scale: float, prob: float, seed: Tensor
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, scale: float, prob: float, seed: Tensor, impl: str
 ) -> Tensor:
-    """As `reference.jitter_project`, by the Triton kernels; the seed is a 0-d int64 tensor on the device."""
+    """As `reference.jitter_project`, by the kernels; the seed is a 0-d int64 tensor on the device."""
     flat = tokens.reshape(-1, tokens.shape[-1])
     wanted = tokens.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.compiler.is_compiling():
-        out, _ = registered.jitter_forward(flat, weight, bias, seed, scale, prob)
+        out, _ = registered.jitter_forward(flat, weight, bias, seed, scale, prob, impl)
     elif torch.is_grad_enabled() and wanted:
-        out = _Jitter.apply(flat, weight, bias, scale, prob, seed)
+        out = _Jitter.apply(flat, weight, bias, scale, prob, seed, impl)
     else:
-        out, _ = registered.launch().jitter_forward(flat, weight, bias, seed, scale, prob)
+        out, _ = registered.launch(impl).jitter_forward(flat, weight, bias, seed, scale, prob)
     return out.view(*tokens.shape[:-1], weight.shape[0])
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, arguments: tuple) -> Tensor:
-        out, log_sum_exp = registered.launch().attention_forward(query, key, value, seed, *arguments)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, arguments: tuple, impl: str
+    ) -> Tensor:
+        out, log_sum_exp = registered.launch(impl).attention_forward(query, key, value, seed, *arguments)
         ctx.save_for_backward(query, key, value, out, log_sum_exp, seed)
-        ctx.arguments = arguments
+        ctx.arguments, ctx.impl = arguments, impl
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, log_sum_exp, seed = ctx.saved_tensors
-        gradients = registered.launch().attention_backward(
+        gradients = registered.launch(ctx.impl).attention_backward(
             out_gradient, query, key, value, out, log_sum_exp, seed, *ctx.arguments
         )
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 class _Jitter(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor | None, scale: float, prob: float, seed: Tensor
+        ctx: Any,
+        tokens: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        prob: float,
+        seed: Tensor,
+        impl: str,
     ) -> Tensor:
-        out, deviation = registered.launch().jitter_forward(tokens, weight, bias, seed, scale, prob)
+        out, deviation = registered.launch(impl).jitter_forward(tokens, weight, bias, seed, scale, prob)
         ctx.save_for_backward(tokens, weight, deviation, seed)
-        ctx.arguments = (scale, prob)
+        ctx.arguments, ctx.impl = (scale, prob), impl
         return out
 
     @staticmethod
@@ -81,8 +91,8 @@ class _Jitter(torch.autograd.Function):
     def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
         with_tokens, _, with_bias, *_ = ctx.needs_input_grad
         tokens, weight, deviation, seed = ctx.saved_tensors
-        gradients = registered.launch().jitter_backward(
+        gradients = registered.launch(ctx.impl).jitter_backward(
             out_gradient, tokens, weight, deviation, seed, *ctx.arguments, with_tokens, with_bias
         )
         wanted = (with_tokens, True, with_bias)
-        return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), None, None, None
+        return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *(None for _ in range(4))

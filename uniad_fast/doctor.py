@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from .functional import IMPLS, jitter_project, neighbor_masked_attention, triton_problem
+from .functional import IMPLS, jitter_project, kernel_problem, neighbor_masked_attention
 
 _PACKAGES = ("uniad_fast", "torch", "triton", "timm", "numpy", "pillow", "safetensors", "scipy")
 _EXTRAS = {
@@ -33,8 +33,10 @@ def diagnose() -> tuple[list[str], bool]:
         lines.append("gpu: none that torch can use" if built else "gpu: this build of torch has no GPU support")
     sound = True
     for impl in IMPLS:
-        absent = triton_problem(torch.zeros((), device=device)) if impl == "triton" else None
-        problem = None if absent else _problem_with(impl, device)
+        # The processor's kernels are of use on a machine with a GPU too.
+        place = torch.device("cpu") if impl == "cpu" else device
+        absent = kernel_problem(impl, torch.zeros((), device=place)) if impl in ("cpu", "triton") else None
+        problem = None if absent else _problem_with(impl, place)
         lines.append(
             f"impl {impl}: " + (absent and f"not here: {absent}" or problem or "runs, agrees with the reference")
         )

@@ -4,6 +4,7 @@ impl, for both ops:
     None         the best for the tensors' device
     "reference"  the definition: plain PyTorch, materialised, any device, float64 too
     "torch"      stock PyTorch: scaled_dot_product_attention with a cached dense mask
+    "cpu"        C++ kernels, compiled for this processor by the first call
     "triton"     fused Triton kernels, for GPUs (and for CPU tensors in Triton's interpreter, which is for tests)
 A named one on an input that it does not take raises; it never falls back. None may, and says so once.
 """
@@ -19,7 +20,8 @@ from . import autograd, reference, registered, stock
 from .neighborhood import Size
 from .noise import draw_seed
 
-IMPLS = ("reference", "torch", "triton")
+IMPLS = ("reference", "torch", "cpu", "triton")
+_KERNELS = ("cpu", "triton")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -76,10 +78,10 @@ def neighbor_masked_attention(
         return stock.neighbor_masked_attention(query, key, value, feature_size, neighbor_size, dropout_p, scale, seed)
     if dropout_p > 0 and seed is None:
         seed = draw_seed(query.device)
-    if impl == "triton":
+    if impl in _KERNELS:
         seed = _seed_tensor(seed, query.device) if dropout_p > 0 else None
         return autograd.neighbor_masked_attention(
-            query, key, value, feature_size, neighbor_size, dropout_p, scale, seed
+            query, key, value, feature_size, neighbor_size, dropout_p, scale, seed, impl
         )
     return reference.neighbor_masked_attention(query, key, value, feature_size, neighbor_size, dropout_p, scale, seed)
 
@@ -135,8 +137,8 @@ def jitter_project(
         return stock.jitter_project(tokens, weight, bias, scale, prob, seed)
     if seed is None:
         seed = draw_seed(tokens.device)
-    if impl == "triton":
-        return autograd.jitter_project(tokens, weight, bias, scale, prob, _seed_tensor(seed, tokens.device))
+    if impl in _KERNELS:
+        return autograd.jitter_project(tokens, weight, bias, scale, prob, _seed_tensor(seed, tokens.device), impl)
     return reference.jitter_project(tokens, weight, bias, scale, prob, seed)
 
 
@@ -149,17 +151,22 @@ def choose_impl(impl: str | None, tensor: Tensor, problem: str | None = None) ->
         ValueError: there is none of that name, or the one named does not take such a tensor; says why.
     """
     check_impl(impl)
-    if impl == "triton":
-        problem = triton_problem(tensor) or problem
+    if impl in _KERNELS:
+        problem = kernel_problem(impl, tensor) or problem
         if problem:
-            raise ValueError(f"impl='triton' can't serve this call: {problem}")
+            raise ValueError(f"impl={impl!r} can't serve this call: {problem}")
         return impl
-    if impl is None and tensor.is_cuda:
-        problem = triton_problem(tensor) or problem
-        if problem is None:
-            return "triton"
-        _say_once(f"uniad_fast uses impl='torch' because the Triton kernels can't serve this call: {problem}")
-    return impl or "torch"
+    if impl is not None:
+        return impl
+    best = {"cuda": "triton", "cpu": "cpu"}.get(tensor.device.type)
+    # float64 is asked for its digits, and the kernels have none of them: nothing to be told about.
+    if best is None or tensor.dtype == torch.float64:
+        return "torch"
+    problem = kernel_problem(best, tensor) or problem
+    if problem is None:
+        return best
+    _say_once(f"uniad_fast uses impl='torch' because the {best} kernels can't serve this call: {problem}")
+    return "torch"
 
 
 def check_impl(impl: str | None) -> None:
@@ -168,14 +175,20 @@ def check_impl(impl: str | None) -> None:
         raise ValueError(f"impl must be None or one of {', '.join(IMPLS)}, got {impl!r}")
 
 
-def triton_problem(tensor: Tensor) -> str | None:
-    """Why the Triton kernels do not take this tensor, or None."""
-    try:
-        launch = registered.launch()
-    except ImportError as error:
-        return f"Triton can't be imported ({error})"
+def kernel_problem(impl: str, tensor: Tensor) -> str | None:
+    """Why the kernels of "triton" or "cpu" do not take this tensor, or None."""
+    if impl == "cpu":
+        if tensor.device.type != "cpu":
+            return f"the tensors are on {tensor.device}"
+    else:
+        try:
+            launch = registered.launch(impl)
+        except ImportError as error:
+            return f"Triton can't be imported ({error})"
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"they take float32, float16 and bfloat16, not {tensor.dtype}"
+    if impl == "cpu":
+        return None if torch.compiler.is_compiling() else registered.launch(impl).problem()
     if not tensor.is_cuda:
         if not launch.INTERPRETED:
             return f"the tensors are on {tensor.device}, and Triton's interpreter (TRITON_INTERPRET=1) is off"

@@ -1,17 +1,18 @@
 """The kernels as operators of torch.library, for torch.compile and torch.export: launcher, fake, gradient."""
 
+import importlib
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_LAUNCHERS = {"triton": ".kernels.launch", "cpu": ".kernels.cpu"}
 
-def launch() -> ModuleType:
-    """The launchers; Triton is imported by the first call that needs it."""
-    from .kernels import launch
 
-    return launch
+def launch(impl: str) -> ModuleType:
+    """The launchers of "triton" or "cpu", which take the same arguments; imported by the first call that needs them."""
+    return importlib.import_module(_LAUNCHERS[impl], __package__)
 
 
 @torch.library.custom_op("uniad_fast::attention_forward", mutates_args=())
@@ -26,9 +27,12 @@ def attention_forward(
     radius_col: int,
     dropout_p: float,
     scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """See `uniad_fast.kernels.launch.attention_forward`."""
-    return launch().attention_forward(query, key, value, seed, height, width, radius_row, radius_col, dropout_p, scale)
+    return launch(impl).attention_forward(
+        query, key, value, seed, height, width, radius_row, radius_col, dropout_p, scale
+    )
 
 
 @attention_forward.register_fake
@@ -52,9 +56,10 @@ def attention_backward(
     radius_col: int,
     dropout_p: float,
     scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `uniad_fast.kernels.launch.attention_backward`."""
-    return launch().attention_backward(
+    return launch(impl).attention_backward(
         out_gradient, query, key, value, out, log_sum_exp, seed,
         height, width, radius_row, radius_col, dropout_p, scale,
     )  # fmt: skip
@@ -83,16 +88,14 @@ attention_forward.register_autograd(_attention_gradients, setup_context=_save_at
 
 @torch.library.custom_op("uniad_fast::jitter_forward", mutates_args=())
 def jitter_forward(
-    tokens: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, scale: float, prob: float
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, scale: float, prob: float, impl: str
 ) -> tuple[Tensor, Tensor]:
     """See `uniad_fast.kernels.launch.jitter_forward`."""
-    return launch().jitter_forward(tokens, weight, bias, seed, scale, prob)
+    return launch(impl).jitter_forward(tokens, weight, bias, seed, scale, prob)
 
 
 @jitter_forward.register_fake
-def _(
-    tokens: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, scale: float, prob: float
-) -> tuple[Tensor, Tensor]:
+def _(tokens: Tensor, weight: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
     count = tokens.shape[0]
     return tokens.new_empty(count, weight.shape[0]), tokens.new_empty(count, dtype=torch.float32)
 
@@ -106,11 +109,14 @@ def jitter_backward(
     seed: Tensor,
     scale: float,
     prob: float,
+    impl: str,
     with_tokens: bool,
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `uniad_fast.kernels.launch.jitter_backward`."""
-    return launch().jitter_backward(out_gradient, tokens, weight, deviation, seed, scale, prob, with_tokens, with_bias)
+    return launch(impl).jitter_backward(
+        out_gradient, tokens, weight, deviation, seed, scale, prob, with_tokens, with_bias
+    )
 
 
 @jitter_backward.register_fake
@@ -122,6 +128,7 @@ def _(
     seed: Tensor,
     scale: float,
     prob: float,
+    impl: str,
     with_tokens: bool,
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +147,7 @@ def _save_jitter(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None
 def _jitter_gradients(ctx: Any, out_gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     with_tokens, _, with_bias, *_ = ctx.needs_input_grad
     tokens, weight, bias = jitter_backward(out_gradient, *ctx.saved_tensors, *ctx.arguments, with_tokens, with_bias)
-    return tokens if with_tokens else None, weight, bias if with_bias else None, None, None, None
+    return tokens if with_tokens else None, weight, bias if with_bias else None, *(None for _ in range(4))
 
 
 jitter_forward.register_autograd(_jitter_gradients, setup_context=_save_jitter)

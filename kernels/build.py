@@ -1,0 +1,143 @@
+"""Compiles the C++ kernels for the machine's own processor, once, and loads them.
+
+A library is named after everything that made it (sources, flags, compiler, torch, processor) and lives in torch's
+folder for extensions. It is built in a folder of its own and moved into place whole: processes that start together
+build twice at worst, and one that is killed leaves nothing that another waits for.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+_HEADERS = sorted(Path(__file__).parent.glob("*.h"))
+_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-Wno-unknown-pragmas"]
+_AVX512 = ["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"]
+# What the sources choose between, by what the compiler may use. None is what this processor has.
+PATHS: dict[str | None, list[str]] = {
+    None: ["-march=native"],
+    "avx512_bf16": [f"-m{name}" for name in (*_AVX512, "avx512bf16")],
+    "avx512": [f"-m{name}" for name in _AVX512],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "portable": [],
+}
+_HOW_TO = (
+    "install a C++ compiler (g++ 11 or clang 14, or later; on Debian: apt-get install g++) and `pip install ninja`"
+)
+_lock = threading.Lock()
+
+
+class BuildError(RuntimeError):
+    """The C++ kernels can't be compiled here. Says why, and what to do."""
+
+
+def load(path: str | None = None) -> ctypes.CDLL:
+    """The library of the kernels, compiled if this is the first time, for this processor or a named one of `PATHS`.
+
+    Raises:
+        BuildError: there is no compiler, or it fails.
+    """
+    with _lock:
+        return _load(path)
+
+
+@cache
+def problem() -> str | None:
+    """Why the kernels can't be had here, or None, which may take a compilation to find out."""
+    try:
+        load()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def paths() -> list[str]:
+    """The named paths that this processor can run."""
+    flags = set(_processor().split())
+    needed = {"avx512_bf16": {*_AVX512, "avx512_bf16"}, "avx512": {*_AVX512}, "avx2": {"avx2", "fma", "f16c"}}
+    return [name for name in PATHS if name is not None and needed.get(name, set()) <= flags]
+
+
+@cache
+def _load(path: str | None) -> ctypes.CDLL:
+    compiler = _compiler()
+    made_of = hashlib.sha256()
+    for file in (*SOURCES, *_HEADERS):
+        made_of.update(file.read_bytes())
+    for text in (*_FLAGS, *PATHS[path], compiler, torch.__version__, _processor()):
+        made_of.update(text.encode() + b"\0")
+    library = _folder() / f"{path or 'native'}-{made_of.hexdigest()[:20]}.so"
+    if not library.exists():
+        _compile(library, [*_FLAGS, *PATHS[path]])
+    return ctypes.CDLL(str(library))
+
+
+def _compile(library: Path, flags: list[str]) -> None:
+    from torch.utils import cpp_extension
+
+    print(f"uniad_fast: compiling its CPU kernels, once on this machine, into {library.parent}", file=sys.stderr)
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix="building-", dir=library.parent)
+    except OSError as error:
+        raise BuildError(f"can't write into {library.parent}: {error}. Set TORCH_EXTENSIONS_DIR to a folder") from error
+    outer_path = os.environ.get("PATH", "")
+    try:
+        os.environ["PATH"] = _search_path()
+        cpp_extension.load(
+            library.stem.replace("-", "_"),
+            [str(file) for file in SOURCES],
+            extra_cflags=flags,
+            build_directory=folder,
+            is_python_module=False,
+        )
+        os.replace(next(Path(folder).glob("*.so")), library)
+    except (RuntimeError, OSError, StopIteration) as error:
+        raise BuildError(f"the C++ kernels do not compile: {error}\nTo have them, {_HOW_TO}") from error
+    finally:
+        os.environ["PATH"] = outer_path
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _compiler() -> str:
+    """What calls itself the compiler that torch's extensions use."""
+    if shutil.which("ninja", path=_search_path()) is None:
+        raise BuildError(f"no ninja here to build the C++ kernels with: {_HOW_TO}")
+    command = os.environ.get("CXX", "c++")
+    try:
+        said = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"no C++ compiler here ({command}: {error}): {_HOW_TO}") from error
+    return said.splitlines()[0]
+
+
+def _search_path() -> str:
+    """PATH with this interpreter's own scripts first: pip puts ninja there, and the environment may not be active."""
+    return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+
+
+def _folder() -> Path:
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / "uniad_fast"
+
+
+@cache
+def _processor() -> str:
+    """Its instruction sets, so that a home folder shared by machines keeps a library for each kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features"))), "")

@@ -1,0 +1,198 @@
+"""From tensors on a CPU to the C++ kernels: allocate, describe, call. No mathematics, no checks of users."""
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from .build import load, problem
+
+__all__ = ["attention_backward", "attention_forward", "jitter_backward", "jitter_forward", "problem"]
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Attention(ctypes.Structure):
+    """`Problem` of neighbor_masked_attention.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "height", "width")),
+        *((name, ctypes.c_int64) for name in ("radius_row", "radius_col", "head_dim")),
+        *((name, ctypes.c_float) for name in ("scale", "scale_log2", "keep_scale")),
+        ("keep_threshold", ctypes.c_uint32),
+        ("seed", ctypes.c_int64),
+    ]
+
+
+class _Jitter(ctypes.Structure):
+    """`Problem` of jitter_project.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("tokens", "channels", "outs")),
+        ("scale_by_channels", ctypes.c_float),
+        ("prob_threshold", ctypes.c_uint32),
+        ("seed", ctypes.c_int64),
+    ]
+
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seed: Tensor | None,
+    height: int,
+    width: int,
+    radius_row: int,
+    radius_col: int,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Out [B, H, N, D] and base-2 log-sum-exp, float32 [B * H, N].
+
+    query [B or 1, H, N, D], key and value [B, H, N, D].
+    """
+    batch, heads, tokens, _ = key.shape
+    out = _like_tokens_first(key)
+    log_sum_exp = torch.empty(batch * heads, tokens, dtype=torch.float32)
+    if out.numel() > 0:
+        query, key, value = (_unit_last_stride(t) for t in (query.expand_as(key), key, value))
+        load().uniad_attention_forward(
+            _DTYPES[key.dtype],
+            _attention(key, seed, height, width, radius_row, radius_col, dropout_p, scale),
+            *(ctypes.c_void_p(t.data_ptr()) for t in (query, key, value, out, log_sum_exp)),
+            _strides(query, key, value, out),
+        )
+    return out, log_sum_exp
+
+
+def attention_backward(
+    out_gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    seed: Tensor | None,
+    height: int,
+    width: int,
+    radius_row: int,
+    radius_col: int,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value. A query of batch 1 gets one part an element of the batch, summed here."""
+    batch, heads, tokens, head_dim = key.shape
+    broadcast = query.shape[0] != batch
+    query_gradient, key_gradient, value_gradient = (_like_tokens_first(key) for _ in range(3))
+    if key.numel() == 0:
+        return (query_gradient.new_zeros(query.shape) if broadcast else query_gradient), key_gradient, value_gradient
+    library = load()
+    splits = library.uniad_attention_splits(ctypes.c_int64(tokens))
+    # Parts are summed in float32, in torch's fixed order.
+    parts = torch.empty(splits, batch, heads, tokens, head_dim) if broadcast or splits > 1 else None
+    out_gradient, full_query, key, value = (
+        _unit_last_stride(t) for t in (out_gradient, query.expand_as(key), key, value)
+    )
+    inputs = (full_query, key, value, out, out_gradient)
+    gradients = (query_gradient, key_gradient, value_gradient)
+    tensors = (*inputs, log_sum_exp, *gradients)
+    library.uniad_attention_backward(
+        _DTYPES[key.dtype],
+        _attention(key, seed, height, width, radius_row, radius_col, dropout_p, scale),
+        (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors)),
+        None if parts is None else ctypes.c_void_p(parts.data_ptr()),
+        _strides(*inputs, *gradients),
+    )
+    if parts is not None:
+        query_gradient = parts.sum((0, 1)).unsqueeze(0) if broadcast else parts.sum(0)
+    return query_gradient.to(query.dtype), key_gradient, value_gradient
+
+
+def jitter_forward(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, scale: float, prob: float
+) -> tuple[Tensor, Tensor]:
+    """Out [T, O] and the deviation of each token's noise, float32 [T], of tokens [T, C], weight [O, C], bias [O]."""
+    out = tokens.new_empty(tokens.shape[0], weight.shape[0])
+    deviation = torch.empty(tokens.shape[0], dtype=torch.float32)
+    if out.numel() > 0:
+        tokens, weight = tokens.contiguous(), weight.contiguous()
+        load().uniad_jitter_forward(
+            _DTYPES[tokens.dtype],
+            _jitter(tokens, weight, seed, scale, prob),
+            *(_pointer(t) for t in (tokens, weight, None if bias is None else bias.contiguous(), out, deviation)),
+        )
+    return out, deviation
+
+
+def jitter_backward(
+    out_gradient: Tensor,
+    tokens: Tensor,
+    weight: Tensor,
+    deviation: Tensor,
+    seed: Tensor,
+    scale: float,
+    prob: float,
+    with_tokens: bool,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of tokens, weight and bias; those not asked for are empty."""
+    out_gradient, tokens, weight = out_gradient.contiguous(), tokens.contiguous(), weight.contiguous()
+    (count, channels), outs = tokens.shape, weight.shape[0]
+    token_gradient = torch.zeros_like(tokens) if with_tokens else tokens.new_empty(0)
+    parts, bias_parts = torch.zeros(1, outs, channels), torch.zeros(1, outs)
+    if count and outs and channels:
+        library = load()
+        splits = library.uniad_jitter_splits(ctypes.c_int64(count))
+        parts, bias_parts = torch.empty(splits, outs, channels), torch.empty(splits, outs)
+        library.uniad_jitter_backward(
+            _DTYPES[tokens.dtype],
+            _jitter(tokens, weight, seed, scale, prob),
+            *(_pointer(t) for t in (out_gradient, tokens, weight, deviation)),
+            *(_pointer(t) for t in (parts, bias_parts, token_gradient if with_tokens else None)),
+        )
+    bias_gradient = bias_parts.sum(0).to(weight.dtype) if with_bias else weight.new_empty(0)
+    return token_gradient, parts.sum(0).to(weight.dtype), bias_gradient
+
+
+def _attention(
+    key: Tensor,
+    seed: Tensor | None,
+    height: int,
+    width: int,
+    radius_row: int,
+    radius_col: int,
+    dropout_p: float,
+    scale: float,
+) -> "ctypes._CArgObject":
+    batch, heads, _, head_dim = key.shape
+    return ctypes.byref(
+        _Attention(
+            batch, heads, height, width, radius_row, radius_col, head_dim, scale, scale * math.log2(math.e),
+            1 / (1 - dropout_p), round(dropout_p * 65536), 0 if seed is None else int(seed),
+        )
+    )  # fmt: skip
+
+
+def _jitter(tokens: Tensor, weight: Tensor, seed: Tensor, scale: float, prob: float) -> "ctypes._CArgObject":
+    count, channels = tokens.shape
+    return ctypes.byref(_Jitter(count, channels, weight.shape[0], scale / channels, round(prob * 2**24), int(seed)))
+
+
+def _strides(*tensors: Tensor) -> ctypes.Array:
+    numbers = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
+def _like_tokens_first(key: Tensor) -> Tensor:
+    """Empty [B, H, N, D] laid out as [B, N, H, D]: merging the heads for the output projection is then a view."""
+    batch, heads, tokens, head_dim = key.shape
+    return key.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
+def _unit_last_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

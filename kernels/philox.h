@@ -1,0 +1,176 @@
+// Counter-based noise: the bits that uniad_fast/noise.py defines, for vectors of rows or of channels.
+#pragma once
+
+#include "simd.h"
+
+namespace uniad {
+
+constexpr uint32_t KEEP = 0, JITTER = 1, JITTER_TOKEN = 2;  // streams: the last word of a counter
+
+struct Key {
+  uint32_t low, high;
+  explicit Key(int64_t seed) : low((uint32_t)seed), high((uint32_t)((uint64_t)seed >> 32)) {}
+};
+
+// High and low words of a * m.
+INLINE void multiply_wide(vword a, uint32_t m, vword* high, vword* low) {
+#if defined(UNIAD_AVX512)
+  const __m512i factor = _mm512_set1_epi32((int)m);
+  const __m512i even = _mm512_mul_epu32((__m512i)a, factor);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
+  *high = (vword)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+  *low = (vword)_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+#elif defined(UNIAD_AVX2)
+  const __m256i factor = _mm256_set1_epi32((int)m);
+  const __m256i even = _mm256_mul_epu32((__m256i)a, factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
+  *high = (vword)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  *low = (vword)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+#else
+  for (int l = 0; l < LANES; l++) {
+    const uint64_t product = (uint64_t)a[l] * m;
+    (*high)[l] = (uint32_t)(product >> 32);
+    (*low)[l] = (uint32_t)product;
+  }
+#endif
+}
+
+// Philox-4x32-10: the counter (c0, c1, c2, c3) becomes the four output words.
+INLINE void philox(vword& c0, vword& c1, vword& c2, vword& c3, Key key) {
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; round++) {
+    vword high0, low0, high1, low1;
+    multiply_wide(c0, 0xD2511F53u, &high0, &low0);
+    multiply_wide(c2, 0xCD9E8D57u, &high1, &low1);
+    c0 = high1 ^ c1 ^ key.low;
+    c2 = high0 ^ c3 ^ key.high;
+    c1 = low1;
+    c3 = low0;
+    key.low += 0x9E3779B9u;
+    key.high += 0xBB67AE85u;
+  }
+}
+
+INLINE vword lane_numbers() {
+  vword lane;
+  for (int l = 0; l < LANES; l++) lane[l] = (uint32_t)l;
+  return lane;
+}
+
+// Lanes where a >= threshold, unsigned.
+INLINE mask_t at_least(vword a, uint32_t threshold) {
+#if defined(UNIAD_AVX512)
+  return _mm512_cmpge_epu32_mask((__m512i)a, _mm512_set1_epi32((int)threshold));
+#else
+  mask_t bits = 0;
+  for (int l = 0; l < LANES; l++) bits |= (mask_t)(a[l] >= threshold) << l;
+  return bits;
+#endif
+}
+
+// Stream KEEP for LANES rows from `row` on and the 64 columns of `block`: keep[col * stride] has a bit a row, set where
+// the element is kept.
+INLINE void keep_rows(
+    Key key, uint32_t plane, uint32_t row, uint32_t block, uint32_t threshold, uint16_t* keep, int64_t stride) {
+  const vword rows = lane_numbers() + row;
+  for (uint32_t c = 0; c < 8; c++) {
+    vword w[4] = {splat_word(8 * block + c), rows, splat_word(plane), splat_word(KEEP)};
+    philox(w[0], w[1], w[2], w[3], key);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
+      keep[(16 * k + c) * stride] = (uint16_t)at_least(w[k] & 0xffff, threshold);
+      keep[(16 * k + 8 + c) * stride] = (uint16_t)at_least(w[k] >> 16, threshold);
+    }
+  }
+}
+
+// The same for one row and the blocks [0, blocks): keep[block], a bit a column.
+INLINE void keep_columns(Key key, uint32_t plane, uint32_t row, int64_t blocks, uint32_t threshold, uint64_t* keep) {
+  constexpr int64_t WIDE = LANES / 8 > 1 ? LANES / 8 : 1;  // blocks a call serves, one a byte of its lanes' bits
+  for (int64_t b = 0; b < blocks; b += WIDE) {
+    uint64_t kept[WIDE] = {};
+    for (uint32_t c = 0; c < 8; c += LANES) {
+      vword w[4] = {lane_numbers() + (uint32_t)(8 * b + c), splat_word(row), splat_word(plane), splat_word(KEEP)};
+      philox(w[0], w[1], w[2], w[3], key);
+      for (int k = 0; k < 4; k++) {
+        const mask_t low = at_least(w[k] & 0xffff, threshold), high = at_least(w[k] >> 16, threshold);
+        for (int i = 0; i < WIDE; i++) {
+          kept[i] |= (uint64_t)(low >> 8 * i & 0xff) << (16 * k + c);
+          kept[i] |= (uint64_t)(high >> 8 * i & 0xff) << (16 * k + 8 + c);
+        }
+      }
+    }
+    for (int64_t i = 0; i < WIDE && b + i < blocks; i++) keep[b + i] = kept[i];
+  }
+}
+
+// Natural logarithm of x > 0, to a rounding or two.
+INLINE vfloat log_of(vfloat x) {
+  const vint bits = (vint)x, exponent = (bits - 0x3f3504f3) >> 23;  // so that the rest is in [sqrt(1/2), sqrt(2))
+  const vfloat f = (vfloat)(bits - (exponent << 23)) - 1.f, square = f * f;
+  const vfloat e = __builtin_convertvector(exponent, vfloat);
+  vfloat p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  return f + (p * f * square + e * -2.12194440e-4f - square * 0.5f) + e * 0.693359375f;
+}
+
+INLINE vfloat sqrt_of(vfloat x) {
+#if defined(UNIAD_AVX512)
+  return (vfloat)_mm512_sqrt_ps((__m512)x);
+#else
+  for (int l = 0; l < LANES; l++) x[l] = __builtin_sqrtf(x[l]);
+  return x;
+#endif
+}
+
+// Two standard normals from two words, by Box and Muller.
+INLINE void normal_pair(vword radius_word, vword angle_word, vfloat* first, vfloat* second) {
+  const vfloat radius_u = __builtin_convertvector((vint)(radius_word >> 8) + 1, vfloat) * 0x1p-24f;
+  const vfloat turns = __builtin_convertvector((vint)(angle_word >> 8) + 1, vfloat) * 0x1p-22f;  // in quarters
+  const vfloat radius = sqrt_of(vmax(log_of(radius_u) * -2.f, vfloat{}));
+  const vint quarter = __builtin_convertvector(turns + 0.5f, vint);
+  const vfloat angle = (turns - __builtin_convertvector(quarter, vfloat)) * 1.5707963267948966f;  // an eighth at most
+  const vfloat square = angle * angle;
+  vfloat sine = square * -1.9515295891e-4f + 8.3321608736e-3f;
+  sine = sine * square - 1.6666654611e-1f;
+  sine = sine * square * angle + angle;
+  vfloat cosine = square * 2.443315711809948e-5f - 1.388731625493765e-3f;
+  cosine = cosine * square + 4.166664568298827e-2f;
+  cosine = cosine * square - 0.5f;
+  cosine = cosine * square + 1.f;
+  const vint turn = quarter & 3;
+  const vint swapped = (turn & 1) != 0;
+  vfloat a = swapped ? sine : cosine, b = swapped ? cosine : sine;
+  a = ((turn == 1) | (turn == 2)) ? -a : a;
+  b = turn >= 2 ? -b : b;
+  *first = radius * a;
+  *second = radius * b;
+}
+
+// Stream JITTER: standard normals of 4 * LANES channels of a token, from `channel` on, a multiple of 4.
+INLINE void normals(Key key, uint32_t token, uint32_t channel, float* out) {
+  vword w[4] = {lane_numbers() + channel / 4, splat_word(token), splat_word(0), splat_word(JITTER)};
+  philox(w[0], w[1], w[2], w[3], key);
+  vfloat z[4];
+  normal_pair(w[0], w[1], &z[0], &z[1]);
+  normal_pair(w[2], w[3], &z[2], &z[3]);
+  float rows[4][LANES];
+  for (int i = 0; i < 4; i++) store(rows[i], z[i]);
+  for (int l = 0; l < LANES; l++)
+    for (int i = 0; i < 4; i++) out[4 * l + i] = rows[i][l];
+}
+
+// Stream JITTER_TOKEN: whether a token gets noise; threshold = round(prob * 2^24).
+inline bool is_jittered(Key key, uint32_t token, uint32_t threshold) {
+  vword w[4] = {splat_word(0), splat_word(token), splat_word(0), splat_word(JITTER_TOKEN)};
+  philox(w[0], w[1], w[2], w[3], key);
+  return w[0][0] >> 8 < threshold;
+}
+
+}  // namespace uniad

@@ -1,0 +1,321 @@
+// Vectors of one machine: 16 lanes with AVX-512, 8 with AVX2, 4 otherwise, behind the few operations the kernels need.
+//
+// A "word" is 32 bits of an operand of a matrix product: one float, or two bfloat16 that are neighbours along the
+// summed axis. With that, a product of either kind is written once: broadcast a word, load a vector of words, multiply
+// and add into float32.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define UNIAD_AVX512 1
+#if defined(__AVX512BF16__)
+#define UNIAD_BF16 1
+#endif
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define UNIAD_AVX2 1
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace uniad {
+
+#if defined(UNIAD_AVX512)
+constexpr int LANES = 16;
+#elif defined(UNIAD_AVX2)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+// Rows of a register tile, two vectors wide: as many as leave registers for the operands. TAIL rows end an axis.
+constexpr int ROWS = LANES == 16 ? 12 : LANES == 8 ? 5 : 4;
+constexpr int TAIL = LANES == 16 ? 4 : 1;
+
+typedef float vfloat __attribute__((vector_size(4 * LANES)));
+typedef int32_t vint __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vword __attribute__((vector_size(4 * LANES)));
+typedef uint32_t mask_t;  // bit l: lane l
+
+INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <class V> INLINE V load(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V> INLINE void store(void* p, V v) { memcpy(p, &v, sizeof v); }
+INLINE vfloat splat(float x) { return vfloat{} + x; }
+INLINE vword splat_word(uint32_t x) { return vword{} + x; }
+
+INLINE vfloat vmax(vfloat a, vfloat b) {
+#if defined(UNIAD_AVX512)
+  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(UNIAD_AVX2)
+  return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// `a` in the lanes whose bit is set, `b` elsewhere.
+INLINE vfloat select(mask_t bits, vfloat a, vfloat b) {
+#if defined(UNIAD_AVX512)
+  return (vfloat)_mm512_mask_mov_ps((__m512)b, (__mmask16)bits, (__m512)a);
+#else
+  vint lane;
+  for (int l = 0; l < LANES; l++) lane[l] = 1 << l;
+  return (((vint{} + (int32_t)bits) & lane) != 0) ? a : b;
+#endif
+}
+
+INLINE float sum_lanes(vfloat v) {
+  float total = 0;
+  for (int l = 0; l < LANES; l++) total += v[l];
+  return total;
+}
+
+// 2^x. Below -200 it is 0; DEGREE 6 has a relative error of 2e-9, 4 of 3e-6, which bfloat16 does not see.
+template <int DEGREE> INLINE vfloat exp2(vfloat x) {
+  static_assert(DEGREE == 4 || DEGREE == 6);
+#if defined(UNIAD_AVX512)
+  x = vmax(x, splat(-200.f));
+  const vfloat whole = (vfloat)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vint underflow = x < -126.f;
+  x = vmax(x, splat(-126.f));
+  const vfloat shifted = x + 12582912.f;  // 1.5 * 2^23 moves the fraction out
+  const vfloat whole = shifted - 12582912.f;
+#endif
+  const vfloat f = x - whole;
+  vfloat p;
+  if constexpr (DEGREE == 4) {
+    p = f * 9.570101753e-3f + 5.591786031e-2f;
+    p = p * f + 2.402474483e-1f;
+    p = p * f + 6.931218147e-1f;
+    p = p * f + 9.999992614e-1f;
+  } else {
+    p = f * 1.534581190e-4f + 1.339993122e-3f;
+    p = p * f + 9.618488958e-3f;
+    p = p * f + 5.550328777e-2f;
+    p = p * f + 2.402264689e-1f;
+    p = p * f + 6.931472057e-1f;
+    p = p * f + 1.f;
+  }
+#if defined(UNIAD_AVX512)
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+  const vint exponent = __builtin_convertvector(whole, vint) << 23;
+  return underflow ? vfloat{} : (vfloat)((vint)p + exponent);
+#endif
+}
+
+// --- storage types -----------------------------------------------------------------------------------------------
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+INLINE float widen(float x) { return x; }
+INLINE float widen(bf16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+INLINE float widen(fp16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+  uint32_t bits;
+  if (magnitude >= 0x7c00) {
+    bits = 0x7f800000 | (magnitude & 0x3ff) << 13;
+  } else {  // rebias by a multiplication, which also normalises subnormals
+    bits = magnitude << 13;
+    float value;
+    memcpy(&value, &bits, 4);
+    value *= 0x1p112f;
+    memcpy(&bits, &value, 4);
+  }
+  bits |= sign;
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+#endif
+}
+
+INLINE void narrow(float x, float* out) { *out = x; }
+INLINE void narrow(float x, bf16* out) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  out->bits = nan ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+INLINE void narrow(float x, fp16* out) {
+#if defined(__F16C__)
+  out->bits = (uint16_t)_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00;
+  } else if (magnitude >= 0x477ff000) {  // rounds to more than 65504
+    half = 0x7c00;
+  } else if (magnitude >= 0x38800000) {
+    half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  } else {  // subnormal: adding a half aligns the units, and rounds
+    float value;
+    memcpy(&value, &magnitude, 4);
+    value += 0.5f;
+    memcpy(&half, &value, 4);
+    half -= 0x3f000000;
+  }
+  out->bits = (uint16_t)(half | sign);
+#endif
+}
+
+// LANES neighbours, as float32. `count` may be less at the end of an axis; the rest is 0.
+INLINE vfloat widen_vector(const float* p) { return load<vfloat>(p); }
+INLINE vfloat widen_vector(const bf16* p) {
+#if defined(UNIAD_AVX512)
+  return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16);
+#else
+  vfloat v;
+  for (int l = 0; l < LANES; l++) v[l] = widen(p[l]);
+  return v;
+#endif
+}
+INLINE vfloat widen_vector(const fp16* p) {
+#if defined(UNIAD_AVX512)
+  return (vfloat)_mm512_cvtph_ps(load<__m256i>(p));
+#else
+  vfloat v;
+  for (int l = 0; l < LANES; l++) v[l] = widen(p[l]);
+  return v;
+#endif
+}
+template <class T> INLINE vfloat widen_vector(const T* p, int64_t count) {
+  if (count >= LANES) return widen_vector(p);
+  vfloat v{};
+  for (int l = 0; l < count; l++) v[l] = widen(p[l]);
+  return v;
+}
+
+INLINE void narrow_vector(vfloat v, float* p) { store(p, v); }
+INLINE void narrow_vector(vfloat v, bf16* p) {
+#if defined(UNIAD_BF16)
+  store(p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#elif defined(UNIAD_AVX512)
+  const __m512i bits = (__m512i)v;
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  store(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+#else
+  for (int l = 0; l < LANES; l++) narrow(v[l], p + l);
+#endif
+}
+INLINE void narrow_vector(vfloat v, fp16* p) {
+#if defined(UNIAD_AVX512)
+  store(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int l = 0; l < LANES; l++) narrow(v[l], p + l);
+#endif
+}
+template <class T> INLINE void narrow_vector(vfloat v, T* p, int64_t count) {
+  if (count >= LANES) return narrow_vector(v, p);
+  for (int l = 0; l < count; l++) narrow(v[l], p + l);
+}
+
+// --- matrix products of words ------------------------------------------------------------------------------------
+
+struct Single {  // a word is a float
+  static constexpr int PAIR = 1, EXP_DEGREE = 6;
+  static INLINE vfloat dot(vfloat sum, vword a, vword b) { return (vfloat)a * (vfloat)b + sum; }
+};
+
+#if defined(UNIAD_BF16)
+struct Half {  // a word is two bfloat16
+  static constexpr int PAIR = 2, EXP_DEGREE = 4;
+  static INLINE vfloat dot(vfloat sum, vword a, vword b) {
+    return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+using Brain = Half;  // how bfloat16 tensors are multiplied
+#else
+using Brain = Single;
+#endif
+
+// sum[r][v] += over k of a[r * row_stride + k * k_stride] * b[k * b_stride + v * LANES ...]
+template <class Mode, int R, int V>
+INLINE void multiply(
+    const uint32_t* a, int64_t row_stride, int64_t k_stride, const uint32_t* b, int64_t b_stride, int64_t words,
+    vfloat (&sum)[R][V]) {
+  for (int64_t k = 0; k < words; k++) {
+    vword right[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) right[v] = load<vword>(b + k * b_stride + v * LANES);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+      const vword left = splat_word(a[r * row_stride + k * k_stride]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) sum[r][v] = Mode::dot(sum[r][v], left, right[v]);
+    }
+  }
+}
+
+// f(first row, constant number of rows) over [0, rows), rows a multiple of TAIL.
+template <class F> INLINE void over_rows(int64_t rows, F f) {
+  int64_t r = 0;
+  for (; r + ROWS <= rows; r += ROWS) f(r, std::integral_constant<int, ROWS>{});
+  for (; r < rows; r += TAIL) f(r, std::integral_constant<int, TAIL>{});
+}
+
+// LANES x LANES words, rows `stride` apart, into columns `out_stride` apart.
+INLINE void transpose(const uint32_t* in, int64_t stride, uint32_t* out, int64_t out_stride) {
+#if defined(UNIAD_AVX512)
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) a[i] = load<__m512i>(in + i * stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+    b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    store(out + i * out_stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+    store(out + (i + 8) * out_stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+    store(out + (i + 4) * out_stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+    store(out + (i + 12) * out_stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+  }
+#else
+  for (int i = 0; i < LANES; i++)
+    for (int j = 0; j < LANES; j++) out[j * out_stride + i] = in[i * stride + j];
+#endif
+}
+
+}  // namespace uniad
