@@ -8,7 +8,17 @@ from torch import Tensor
 
 from .build import load, problem
 
-__all__ = ["attention_backward", "attention_forward", "jitter_backward", "jitter_forward", "problem"]
+__all__ = [
+    "attention_backward",
+    "attention_forward",
+    "dropout_backward",
+    "dropout_forward",
+    "jitter_backward",
+    "jitter_forward",
+    "norm_backward",
+    "norm_forward",
+    "problem",
+]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -32,6 +42,17 @@ class _Jitter(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("tokens", "channels", "outs")),
         ("scale_by_channels", ctypes.c_float),
         ("prob_threshold", ctypes.c_uint32),
+        ("seed", ctypes.c_int64),
+    ]
+
+
+class _Rows(ctypes.Structure):
+    """`Problem` of dropout.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "width", "residual_rows")),
+        *((name, ctypes.c_float) for name in ("eps", "keep_scale")),
+        ("keep_threshold", ctypes.c_uint32),
         ("seed", ctypes.c_int64),
     ]
 
@@ -155,6 +176,72 @@ def jitter_backward(
     return token_gradient, parts.sum(0).to(weight.dtype), bias_gradient
 
 
+def norm_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, dropout_p: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm(residual + dropout(x)) [R, C] and its mean and reciprocal deviation, float32 [R, 2].
+
+    x [R, C]; residual [R', C], row r meets row r % R'; weight and bias float32 [C].
+    """
+    x, residual = x.contiguous(), residual.contiguous()
+    out, stats = torch.empty_like(x), torch.empty(x.shape[0], 2)
+    if out.numel() > 0:
+        load().uniad_norm_forward(
+            _DTYPES[x.dtype],
+            _rows(x, residual.shape[0], seed, dropout_p, eps),
+            *(_pointer(t) for t in (x, residual, weight.contiguous(), bias.contiguous(), out, stats)),
+        )
+    return out, stats
+
+
+def norm_backward(
+    out_gradient: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    stats: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, residual (the same tensor where both are the sum's), weight and bias, the last two in float32."""
+    out_gradient, x, residual = out_gradient.contiguous(), x.contiguous(), residual.contiguous()
+    sum_gradient = torch.empty_like(x)
+    x_gradient = torch.empty_like(x) if dropout_p > 0 else sum_gradient
+    parts = torch.zeros(1, 2, x.shape[1])
+    if x.numel() > 0:
+        library = load()
+        parts = torch.empty(library.uniad_norm_splits(ctypes.c_int64(x.shape[0])), 2, x.shape[1])
+        library.uniad_norm_backward(
+            _DTYPES[x.dtype],
+            _rows(x, residual.shape[0], seed, dropout_p, 0.0),
+            *(_pointer(t) for t in (out_gradient, x, residual, weight.contiguous(), stats)),
+            *(_pointer(t) for t in (sum_gradient, x_gradient if dropout_p > 0 else None, parts)),
+        )
+    if residual.shape != x.shape:  # summed over the rows that meet one of its, in torch's fixed order
+        sum_gradient = sum_gradient.view(-1, *residual.shape).sum(0, dtype=torch.float32).to(x.dtype)
+    return x_gradient, sum_gradient, *parts.sum(0).unbind(0)
+
+
+def dropout_forward(x: Tensor, seed: Tensor | None, dropout_p: float, relu: bool) -> Tensor:
+    """dropout(x), or dropout(relu(x)), of x [R, C]."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel() > 0:
+        rows = _rows(x, 1, seed, dropout_p, 0.0)
+        load().uniad_dropout_forward(_DTYPES[x.dtype], rows, relu, _pointer(x), _pointer(out))
+    return out
+
+
+def dropout_backward(out_gradient: Tensor, out: Tensor, seed: Tensor | None, dropout_p: float, relu: bool) -> Tensor:
+    """Gradient of x, from what `dropout_forward` gave."""
+    out_gradient, out = out_gradient.contiguous(), out.contiguous()
+    gradient = torch.empty_like(out)
+    if out.numel() > 0:
+        rows, pointers = _rows(out, 1, seed, dropout_p, 0.0), (_pointer(t) for t in (out_gradient, out, gradient))
+        load().uniad_dropout_backward(_DTYPES[out.dtype], rows, relu, *pointers)
+    return gradient
+
+
 def _attention(
     key: Tensor,
     seed: Tensor | None,
@@ -177,6 +264,11 @@ def _attention(
 def _jitter(tokens: Tensor, weight: Tensor, seed: Tensor, scale: float, prob: float) -> "ctypes._CArgObject":
     count, channels = tokens.shape
     return ctypes.byref(_Jitter(count, channels, weight.shape[0], scale / channels, round(prob * 2**24), int(seed)))
+
+
+def _rows(x: Tensor, residual_rows: int, seed: Tensor | None, dropout_p: float, eps: float) -> "ctypes._CArgObject":
+    threshold, seed_number = round(dropout_p * 65536), 0 if seed is None else int(seed)
+    return ctypes.byref(_Rows(*x.shape, residual_rows, eps, 1 / (1 - dropout_p), threshold, seed_number))
 
 
 def _strides(*tensors: Tensor) -> ctypes.Array:

@@ -8,8 +8,28 @@ from torch import Tensor
 
 from . import jitter_project as jitter
 from . import neighbor_masked_attention as attention
+from .launch_dropout import (
+    dropout_arguments,
+    dropout_backward,
+    dropout_forward,
+    norm_backward,
+    norm_forward,
+    on,
+)
 from .tiles import JITTER, TileConfig, attention_tile, dot_precision, skipping_pays, whole_sequence_tile
 from .whole_sequence_attention import whole_sequence_kernel
+
+__all__ = [
+    "INTERPRETED",
+    "attention_backward",
+    "attention_forward",
+    "dropout_backward",
+    "dropout_forward",
+    "jitter_backward",
+    "jitter_forward",
+    "norm_backward",
+    "norm_forward",
+]
 
 INTERPRETED = not isinstance(attention.forward_kernel, triton.JITFunction)
 """Whether Triton's interpreter runs the kernels, on CPU tensors."""
@@ -50,7 +70,7 @@ def attention_forward(
     if tile.whole:
         kernel, programs = whole_sequence_kernel, batch * heads
         del geometry["SKIP"]  # nothing is skipped where all keys are one block
-    with _on(key.device):
+    with on(key.device):
         kernel[(programs,)](
             query_ptr=query,
             key_ptr=key,
@@ -61,7 +81,7 @@ def attention_forward(
             **_strides(query=query.expand_as(key), key=key, value=value, out=out),
             heads=heads,
             scale_log2=scale * math.log2(math.e),
-            **_dropout(dropout_p),
+            **dropout_arguments(dropout_p),
             **geometry,
             DROPOUT=dropout_p > 0,
         )
@@ -103,10 +123,10 @@ def attention_backward(
             "heads": heads,
             "scale": scale,
             "scale_log2": scale * math.log2(math.e),
-            **_dropout(dropout_p),
+            **dropout_arguments(dropout_p),
             "DROPOUT": dropout_p > 0,
         }
-        with _on(key.device):
+        with on(key.device):
             ours = tensors | {"query_gradient": query_gradient}
             attention.query_gradient_kernel[(batch * heads * triton.cdiv(tokens, query_tile.block_m),)](
                 **{f"{name}_ptr": t for name, t in ours.items()},
@@ -138,7 +158,7 @@ def jitter_forward(
     if out.numel() == 0:
         return out, deviation
     tile = JITTER["forward", tokens.element_size()]
-    with _on(tokens.device):
+    with on(tokens.device):
         jitter.forward_kernel[(triton.cdiv(count, tile.block_m) * triton.cdiv(weight.shape[0], tile.block_n),)](
             token_ptr=tokens.contiguous(),
             weight_ptr=weight.contiguous(),
@@ -174,7 +194,7 @@ def jitter_backward(
     bias_parts = torch.zeros(splits, outs, dtype=torch.float32, device=tokens.device)
     token_gradient = torch.empty_like(tokens) if with_tokens else tokens.new_empty(0)
     if count and outs and channels:
-        with _on(tokens.device):
+        with on(tokens.device):
             arguments = _jitter_arguments(tokens, weight, scale, prob, tile)
             for name in ("scale_by_channels", "prob_threshold", "SOME"):
                 del arguments[name]
@@ -240,10 +260,6 @@ def _geometry(
     }
 
 
-def _dropout(p: float) -> dict[str, float | int]:
-    return {"keep_threshold": round(p * 65536), "keep_scale": 1 / (1 - p)}
-
-
 def _strides(**tensors: Tensor) -> dict[str, int]:
     return {
         f"{name}_stride_{axis}": tensor.stride(dim)
@@ -265,8 +281,3 @@ def _unit_last_stride(tensor: Tensor) -> Tensor:
 
 def _is_blackwell(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 10
-
-
-def _on(device: torch.device) -> torch.cuda.device:
-    """Launch on the tensors' device; nothing to do for a CPU, which Triton's interpreter runs on."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -133,7 +133,7 @@ INLINE vfloat sqrt_of(vfloat x) {
 INLINE void normal_pair(vword radius_word, vword angle_word, vfloat* first, vfloat* second) {
   const vfloat radius_u = __builtin_convertvector((vint)(radius_word >> 8) + 1, vfloat) * 0x1p-24f;
   const vfloat turns = __builtin_convertvector((vint)(angle_word >> 8) + 1, vfloat) * 0x1p-22f;  // in quarters
-  const vfloat radius = sqrt_of(vmax(log_of(radius_u) * -2.f, vfloat{}));
+  const vfloat radius = sqrt_of(vmax(vfloat{}, log_of(radius_u) * -2.f));
   const vint quarter = __builtin_convertvector(turns + 0.5f, vint);
   const vfloat angle = (turns - __builtin_convertvector(quarter, vfloat)) * 1.5707963267948966f;  // an eighth at most
   const vfloat square = angle * angle;

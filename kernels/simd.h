@@ -54,6 +54,7 @@ template <class V> INLINE void store(void* p, V v) { memcpy(p, &v, sizeof v); }
 INLINE vfloat splat(float x) { return vfloat{} + x; }
 INLINE vword splat_word(uint32_t x) { return vword{} + x; }
 
+// The larger; `b` where either is NaN, so that a bound goes first and a NaN goes through.
 INLINE vfloat vmax(vfloat a, vfloat b) {
 #if defined(UNIAD_AVX512)
   return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
@@ -85,11 +86,11 @@ INLINE float sum_lanes(vfloat v) {
 template <int DEGREE> INLINE vfloat exp2(vfloat x) {
   static_assert(DEGREE == 4 || DEGREE == 6);
 #if defined(UNIAD_AVX512)
-  x = vmax(x, splat(-200.f));
+  x = vmax(splat(-200.f), x);
   const vfloat whole = (vfloat)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const vint underflow = x < -126.f;
-  x = vmax(x, splat(-126.f));
+  x = vmax(splat(-126.f), x);
   const vfloat shifted = x + 12582912.f;  // 1.5 * 2^23 moves the fraction out
   const vfloat whole = shifted - 12582912.f;
 #endif

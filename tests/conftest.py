@@ -11,7 +11,7 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of the kernels
 
-from uniad_fast.functional import IMPLS
+from uniad_fast.impls import IMPLS
 
 BACKBONE = "resnet10t"
 QUICK = ["--backbone", BACKBONE, "--image-size", "64"]

@@ -12,8 +12,8 @@ PACKAGE = ROOT / "uniad_fast"
 # A file may import from its own layer's earlier files and from lower layers, never from a higher one.
 LAYERS = [
     {"noise", "neighborhood", "files", "kept", "progress", "images", "metrics", "recipes", "initialize", "registered"},
-    {"reference", "stock", "autograd", "weights", "data", "heatmap", "position", "bundle"},
-    {"functional"},
+    {"impls", "reference", "stock", "autograd", "weights", "data", "heatmap", "position", "bundle"},
+    {"functional", "linear"},
     {"attention", "backbone", "testing"},
     {"transformer", "features"},
     {"model"},

@@ -126,8 +126,8 @@ def test_learned_queries_are_projected_once_in_evaluation_and_once_a_step_in_tra
     model = build()
     calls = []
     layer = model.transformer.decoder.layers[0]
-    project = layer.self_attn.project_query
-    layer.self_attn.project_query = lambda query: calls.append(query.shape) or project(query)
+    project = layer.self_attn.project
+    layer.self_attn.project = lambda tokens, *which: calls.append(tokens.shape) or project(tokens, *which)
     model({"feature_align": feature()})
     assert calls == [(1, 30, 16)]
     model.eval()

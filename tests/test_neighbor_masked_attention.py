@@ -7,7 +7,7 @@ import torch
 from conftest import impls_and_dtypes
 
 from uniad_fast import neighbor_masked_attention
-from uniad_fast.functional import IMPLS
+from uniad_fast.impls import IMPLS
 from uniad_fast.neighborhood import has_query_without_key
 from uniad_fast.testing import assert_within_budget
 

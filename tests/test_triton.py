@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from uniad_fast import UniAD, functional, jitter_project, neighbor_masked_attention, noise
+from uniad_fast import UniAD, impls, jitter_project, neighbor_masked_attention, noise
 from uniad_fast.neighborhood import hidden_keys
 from uniad_fast.testing import assert_within_budget
 
@@ -87,7 +87,7 @@ def right_bfloat16(monkeypatch):
 
     monkeypatch.setattr(builder, "cast_impl", cast_impl)
     monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest))
-    monkeypatch.setattr(functional, "kernel_problem", lambda *_: None)
+    monkeypatch.setattr(impls, "kernel_problem", lambda *_: None)
 
 
 @triton.jit

@@ -1,10 +1,11 @@
 """NeighborMaskedAttention: an nn.MultiheadAttention with the 2D neighbourhood mask built in."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import check_impl, neighbor_masked_attention, size_pair
+from .functional import neighbor_masked_attention, size_pair
+from .impls import check_impl
+from .linear import linear
 from .neighborhood import Size, has_query_without_key
 
 
@@ -89,36 +90,54 @@ class NeighborMaskedAttention(nn.Module):
                     f"{self.embed_dim}]) or [N, {self.embed_dim}], got {name} {tuple(tensor.shape)}"
                 )
         if key.ndim == 2:
-            out = self.attend(self.project_query(query[None]), key[None], value[None])[0]
-        elif self.batch_first:
-            out = self.attend(self.project_query(query), key, value)
-        else:
-            # One tensor stays one tensor, so that equal projections are still seen to be equal.
-            key_first = key.transpose(0, 1)
-            value_first = key_first if value is key else value.transpose(0, 1)
-            out = self.attend(self.project_query(query.transpose(0, 1)), key_first, value_first).transpose(0, 1)
-        return out, None
+            return self._attend(query[None], key[None], value[None])[0], None
+        if self.batch_first:
+            return self._attend(query, key, value), None
+        # One tensor stays one tensor, so that what is projected together is still seen.
+        first = {id(tensor): tensor.transpose(0, 1) for tensor in (query, key, value)}
+        return self._attend(first[id(query)], first[id(key)], first[id(value)]).transpose(0, 1), None
 
-    def project_query(self, query: Tensor) -> Tensor:
-        """Query projection and split in heads: [B, N, embed_dim] -> [B, heads, N, head_dim]."""
-        return self._split_heads(F.linear(query, *self._in_proj(0, 1)))
-
-    def attend(self, projected_query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The rest: [B or 1, heads, N, head_dim] queries, keys and values [B, N, embed_dim] -> [B, N, embed_dim]."""
-        if key is value:
-            k, v = F.linear(key, *self._in_proj(1, 3)).chunk(2, dim=-1)
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Batch first: project, those of one tensor in one product, and attend."""
+        if query is key and key is value:
+            q, k, v = self.project(query, 0, 3)
+        elif query is key:
+            (q, k), (v,) = self.project(query, 0, 2), self.project(value, 2, 3)
+        elif key is value:
+            (q,), (k, v) = self.project(query, 0, 1), self.project(key, 1, 3)
         else:
-            k, v = F.linear(key, *self._in_proj(1, 2)), F.linear(value, *self._in_proj(2, 3))
+            (q,), (k,), (v,) = self.project(query, 0, 1), self.project(key, 1, 2), self.project(value, 2, 3)
+        return self.attend(q, k, v)
+
+    def project(self, tokens: Tensor, first: int, last: int) -> list[Tensor]:
+        """Input projections first .. last - 1 of (query, key, value) of tokens [B, N, embed_dim].
+
+        Each is split in heads: [B, heads, N, head_dim], a view of one product.
+        """
+        projected = linear(tokens, *self.in_proj(first, last), self.impl)
+        return [self.split_heads(part) for part in projected.chunk(last - first, dim=-1)]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Projected queries [B or 1, heads, N, head_dim], keys and values [B, ...] -> output [B, N, embed_dim]."""
         out = neighbor_masked_attention(
-            projected_query,
-            self._split_heads(k),
-            self._split_heads(v),
+            query,
+            key,
+            value,
             self.feature_size,
             self.neighbor_size,
             dropout_p=self.dropout if self.training else 0.0,
             impl=self.impl,
         )
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias, self.impl)
+
+    def in_proj(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the input projections first .. last - 1 of (query, key, value)."""
+        rows = slice(first * self.embed_dim, last * self.embed_dim)
+        return self.in_proj_weight[rows], None if self.in_proj_bias is None else self.in_proj_bias[rows]
+
+    def split_heads(self, projected: Tensor) -> Tensor:
+        """[B, N, embed_dim] -> [B, heads, N, head_dim], a view."""
+        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return (
@@ -126,11 +145,3 @@ class NeighborMaskedAttention(nn.Module):
             f"neighbor_size={self.neighbor_size}, dropout={self.dropout}, batch_first={self.batch_first}, "
             f"impl={self.impl!r}"
         )
-
-    def _in_proj(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the input projections first .. last - 1 of (query, key, value)."""
-        rows = slice(first * self.embed_dim, last * self.embed_dim)
-        return self.in_proj_weight[rows], None if self.in_proj_bias is None else self.in_proj_bias[rows]
-
-    def _split_heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -49,6 +49,40 @@ def jitter_project(
     return out.view(*tokens.shape[:-1], weight.shape[0])
 
 
+def dropout_add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dropout_p: float,
+    eps: float,
+    seed: Tensor | None,
+    impl: str,
+) -> Tensor:
+    """As `reference.dropout_add_norm`, by the kernels; the seed is a 0-d int64 tensor on the device."""
+    rows, residual_rows = x.reshape(-1, x.shape[-1]), residual.reshape(-1, x.shape[-1])
+    arguments = (rows, residual_rows, weight, bias, seed, dropout_p, eps)
+    if torch.compiler.is_compiling():
+        out, _ = registered.norm_forward(*arguments, impl)
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:4]):
+        out = _Norm.apply(*arguments, impl)
+    else:
+        out, _ = registered.launch(impl).norm_forward(*arguments)
+    return out.view(x.shape)
+
+
+def dropout(x: Tensor, dropout_p: float, relu: bool, seed: Tensor | None, impl: str) -> Tensor:
+    """As `reference.dropout`, by the kernels; the seed is a 0-d int64 tensor on the device."""
+    arguments = (x.reshape(-1, x.shape[-1]), seed, dropout_p, relu)
+    if torch.compiler.is_compiling():
+        out = registered.dropout_forward(*arguments, impl)
+    elif torch.is_grad_enabled() and x.requires_grad:
+        out = _Dropout.apply(*arguments, impl)
+    else:
+        out = registered.launch(impl).dropout_forward(*arguments)
+    return out.view(x.shape)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -96,3 +130,45 @@ class _Jitter(torch.autograd.Function):
         )
         wanted = (with_tokens, True, with_bias)
         return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *(None for _ in range(4))
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        seed: Tensor | None,
+        dropout_p: float,
+        eps: float,
+        impl: str,
+    ) -> Tensor:
+        out, stats = registered.launch(impl).norm_forward(x, residual, weight, bias, seed, dropout_p, eps)
+        ctx.save_for_backward(x, residual, weight, stats, seed)
+        ctx.dropout_p, ctx.impl = dropout_p, impl
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = registered.launch(ctx.impl).norm_backward(out_gradient, *ctx.saved_tensors, ctx.dropout_p)
+        return *gradients, None, None, None, None
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: Tensor | None, dropout_p: float, relu: bool, impl: str) -> Tensor:
+        out = registered.launch(impl).dropout_forward(x, seed, dropout_p, relu)
+        ctx.save_for_backward(out if relu else None, seed)
+        ctx.arguments, ctx.impl = (dropout_p, relu), impl
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        out, seed = ctx.saved_tensors
+        out = out_gradient if out is None else out  # not read without ReLU, but for its shape
+        gradient = registered.launch(ctx.impl).dropout_backward(out_gradient, out, seed, *ctx.arguments)
+        return gradient, None, None, None, None

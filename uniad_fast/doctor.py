@@ -8,7 +8,8 @@ import sys
 
 import torch
 
-from .functional import IMPLS, jitter_project, kernel_problem, neighbor_masked_attention
+from .functional import jitter_project, neighbor_masked_attention
+from .impls import IMPLS, kernel_problem
 
 _PACKAGES = ("uniad_fast", "torch", "triton", "timm", "numpy", "pillow", "safetensors", "scipy")
 _EXTRAS = {

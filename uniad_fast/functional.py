@@ -10,18 +10,15 @@ A named one on an input that it does not take raises; it never falls back. None 
 """
 
 import math
-import warnings
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from . import autograd, reference, registered, stock
+from . import autograd, reference, stock
+from .impls import KERNELS, attention_problem, choose_impl
 from .neighborhood import Size
 from .noise import draw_seed
 
-IMPLS = ("reference", "torch", "cpu", "triton")
-_KERNELS = ("cpu", "triton")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -78,7 +75,7 @@ def neighbor_masked_attention(
         return stock.neighbor_masked_attention(query, key, value, feature_size, neighbor_size, dropout_p, scale, seed)
     if dropout_p > 0 and seed is None:
         seed = draw_seed(query.device)
-    if impl in _KERNELS:
+    if impl in KERNELS:
         seed = _seed_tensor(seed, query.device) if dropout_p > 0 else None
         return autograd.neighbor_masked_attention(
             query, key, value, feature_size, neighbor_size, dropout_p, scale, seed, impl
@@ -137,76 +134,100 @@ def jitter_project(
         return stock.jitter_project(tokens, weight, bias, scale, prob, seed)
     if seed is None:
         seed = draw_seed(tokens.device)
-    if impl in _KERNELS:
+    if impl in KERNELS:
         return autograd.jitter_project(tokens, weight, bias, scale, prob, _seed_tensor(seed, tokens.device), impl)
     return reference.jitter_project(tokens, weight, bias, scale, prob, seed)
 
 
-def choose_impl(impl: str | None, tensor: Tensor, problem: str | None = None) -> str:
-    """The implementation that serves a call with this tensor.
+def dropout_add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    eps: float = 1e-5,
+    seed: int | Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """LayerNorm(residual + dropout(x)): the end of a post-norm block in one pass.
 
-    problem: why the kernels do not take the call, besides what its device and dtype say.
+    Args:
+        x: [B, ..., C], float32, float16, bfloat16 or float64; under autocast, cast as for a linear layer.
+        residual: the shape of `x`, or batch 1 to meet every element of the batch; dtype and device of `x`.
+        weight, bias: [C], of the norm; any floating dtype, used in float32.
+        dropout_p: probability in [0, 1) that an element of `x` is dropped; kept ones are divided by 1 - p.
+        eps: added to the variance.
+        seed: of the dropout: an int, a 0-d int64 tensor on the device, or None to draw one from torch's generator.
+        impl: see the module.
+
+    Returns:
+        [B, ..., C] in the dtype of `x`.
 
     Raises:
-        ValueError: there is none of that name, or the one named does not take such a tensor; says why.
+        ValueError: shapes, dtypes, devices, probability or impl are not as above.
     """
-    check_impl(impl)
-    if impl in _KERNELS:
-        problem = kernel_problem(impl, tensor) or problem
-        if problem:
-            raise ValueError(f"impl={impl!r} can't serve this call: {problem}")
-        return impl
-    if impl is not None:
-        return impl
-    best = {"cuda": "triton", "cpu": "cpu"}.get(tensor.device.type)
-    # float64 is asked for its digits, and the kernels have none of them: nothing to be told about.
-    if best is None or tensor.dtype == torch.float64:
-        return "torch"
-    problem = kernel_problem(best, tensor) or problem
-    if problem is None:
-        return best
-    _say_once(f"uniad_fast uses impl='torch' because the {best} kernels can't serve this call: {problem}")
-    return "torch"
+    x, residual = _autocast(x, residual)
+    _check_same_kind(x=x, residual=residual)
+    if x.ndim < 1 or residual.shape not in (x.shape, (1, *x.shape[1:])):
+        raise ValueError(
+            f"residual must have the shape of x, or batch 1, got {tuple(residual.shape)}, {tuple(x.shape)}"
+        )
+    if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"weight and bias must be [{x.shape[-1]}] as x's last axis, got {tuple(weight.shape)}, {tuple(bias.shape)}"
+        )
+    impl, seed = _check_dropout(x, dropout_p, seed, impl)
+    if impl == "torch":
+        return stock.dropout_add_norm(x, residual, weight, bias, dropout_p, eps, seed)
+    if impl == "reference":
+        return reference.dropout_add_norm(x, residual, weight, bias, dropout_p, eps, seed)
+    seed = None if seed is None else _seed_tensor(seed, x.device)
+    return autograd.dropout_add_norm(x, residual, weight.float(), bias.float(), dropout_p, eps, seed, impl)
 
 
-def check_impl(impl: str | None) -> None:
-    """ValueError unless `impl` is None or the name of an implementation."""
-    if impl is not None and impl not in IMPLS:
-        raise ValueError(f"impl must be None or one of {', '.join(IMPLS)}, got {impl!r}")
+def dropout(
+    x: Tensor,
+    dropout_p: float,
+    *,
+    relu: bool = False,
+    seed: int | Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """dropout(x), or dropout(relu(x)) in one pass.
+
+    Args:
+        x: [..., C], float32, float16, bfloat16 or float64.
+        dropout_p, seed, impl: as in `dropout_add_norm`.
+
+    Returns:
+        The shape and dtype of `x`; `x` itself where there is nothing to do.
+
+    Raises:
+        ValueError: the dtype, the probability or impl are not as above.
+    """
+    _check_same_kind(x=x)
+    impl, seed = _check_dropout(x, dropout_p, seed, impl)
+    if dropout_p == 0 and not relu:
+        return x
+    if impl == "torch":
+        return stock.dropout(x, dropout_p, relu, seed)
+    if impl == "reference":
+        return reference.dropout(x, dropout_p, relu, seed)
+    return autograd.dropout(x, dropout_p, relu, None if seed is None else _seed_tensor(seed, x.device), impl)
 
 
-def kernel_problem(impl: str, tensor: Tensor) -> str | None:
-    """Why the kernels of "triton" or "cpu" do not take this tensor, or None."""
-    if impl == "cpu":
-        if tensor.device.type != "cpu":
-            return f"the tensors are on {tensor.device}"
-    else:
-        try:
-            launch = registered.launch(impl)
-        except ImportError as error:
-            return f"Triton can't be imported ({error})"
-    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"they take float32, float16 and bfloat16, not {tensor.dtype}"
-    if impl == "cpu":
-        return None if torch.compiler.is_compiling() else registered.launch(impl).problem()
-    if not tensor.is_cuda:
-        if not launch.INTERPRETED:
-            return f"the tensors are on {tensor.device}, and Triton's interpreter (TRITON_INTERPRET=1) is off"
-        if tensor.dtype == torch.bfloat16:
-            return "Triton's interpreter computes bfloat16 wrongly"
-    return None
-
-
-def attention_problem(query: Tensor, scale: float) -> str | None:
-    """Why the attention kernels do not take a query of this shape or such a scale, or None."""
-    if query.shape[-1] > 128:
-        return f"they take a head_dim up to 128, not {query.shape[-1]}"
-    return None if scale > 0 else f"they take a scale above 0, not {scale}"
-
-
-@lru_cache(maxsize=32)
-def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+def _check_dropout(
+    x: Tensor, dropout_p: float, seed: int | Tensor | None, impl: str | None
+) -> tuple[str, int | Tensor | None]:
+    """The implementation for x, and the seed that it needs: None without dropout."""
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    _check_seed(seed, x.device)
+    impl = choose_impl(impl, x)
+    if dropout_p == 0:
+        return impl, None
+    return impl, draw_seed(x.device) if seed is None and impl != "torch" else seed
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

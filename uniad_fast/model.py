@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .files import atomic_path
 from .functional import jitter_project, size_pair
 from .initialize import initialize
+from .linear import linear
 from .neighborhood import Size
 from .position import position_embedding
 from .transformer import Transformer
@@ -136,8 +137,9 @@ class UniAD(nn.Module):
                 impl=self.impl,
             )
         else:
-            hidden = self.input_proj(tokens)
-        return self.output_proj(self.transformer(hidden, self.pos_embed()))
+            hidden = linear(tokens, self.input_proj.weight, self.input_proj.bias, self.impl)
+        out = self.transformer(hidden, self.pos_embed())
+        return linear(out, self.output_proj.weight, self.output_proj.bias, self.impl)
 
 
 def anomaly_grid(feature: Tensor, reconstruction: Tensor) -> Tensor:

@@ -67,5 +67,37 @@ def jitter_project(
     return out.view(*tokens.shape[:-1], weight.shape[0]).to(tokens.dtype)
 
 
+def dropout_add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dropout_p: float,
+    eps: float,
+    seed: int | Tensor | None,
+) -> Tensor:
+    """LayerNorm(residual + dropout(x)); x [..., C], residual of its shape or broadcast over its first axes."""
+    wide = _at_least_float32(residual) + _dropped(_at_least_float32(x), dropout_p, seed)
+    out = torch.nn.functional.layer_norm(
+        wide, (x.shape[-1],), _at_least_float32(weight).to(wide), _at_least_float32(bias).to(wide), eps
+    )
+    return out.to(x.dtype)
+
+
+def dropout(x: Tensor, dropout_p: float, relu: bool, seed: int | Tensor | None) -> Tensor:
+    """dropout(x), or dropout(relu(x)); x [..., C]."""
+    return _dropped(_at_least_float32(x.relu() if relu else x), dropout_p, seed).to(x.dtype)
+
+
+def _dropped(x: Tensor, dropout_p: float, seed: int | Tensor | None) -> Tensor:
+    """Stream KEEP: plane 0, a row a token, a column a channel."""
+    if dropout_p == 0:
+        return x
+    assert seed is not None
+    rows = x.reshape(-1, x.shape[-1])
+    keep = keep_mask(seed, (1, *rows.shape), dropout_p, x.device)
+    return x * keep.view(x.shape) / (1 - dropout_p)
+
+
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -153,6 +153,96 @@ def _jitter_gradients(ctx: Any, out_gradient: Tensor, _: Tensor | None) -> tuple
 jitter_forward.register_autograd(_jitter_gradients, setup_context=_save_jitter)
 
 
+@torch.library.custom_op("uniad_fast::norm_forward", mutates_args=())
+def norm_forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """See `uniad_fast.kernels.launch_dropout.norm_forward`."""
+    return launch(impl).norm_forward(x, residual, weight, bias, seed, dropout_p, eps)
+
+
+@norm_forward.register_fake
+def _(x: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], 2, dtype=torch.float32)
+
+
+@torch.library.custom_op("uniad_fast::norm_backward", mutates_args=())
+def norm_backward(
+    out_gradient: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    stats: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `uniad_fast.kernels.launch_dropout.norm_backward`; an operator's outputs may not be one tensor."""
+    gradient, *rest = launch(impl).norm_backward(out_gradient, x, residual, weight, stats, seed, dropout_p)
+    return gradient.clone() if gradient is rest[0] else gradient, *rest
+
+
+@norm_backward.register_fake
+def _(out_gradient: Tensor, x: Tensor, residual: Tensor, weight: Tensor, *_rest: Any) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), x.new_empty(residual.shape), *(torch.empty_like(weight) for _ in range(2))
+
+
+def _save_norm(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, residual, weight, _, seed, ctx.dropout_p, _, ctx.impl = inputs
+    ctx.save_for_backward(x, residual, weight, output[1], seed)
+
+
+def _norm_gradients(ctx: Any, out_gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradients = norm_backward(out_gradient, *ctx.saved_tensors, ctx.dropout_p, ctx.impl)
+    return *gradients, *(None for _ in range(4))
+
+
+norm_forward.register_autograd(_norm_gradients, setup_context=_save_norm)
+
+
+@torch.library.custom_op("uniad_fast::dropout_forward", mutates_args=())
+def dropout_forward(x: Tensor, seed: Tensor | None, dropout_p: float, relu: bool, impl: str) -> Tensor:
+    """See `uniad_fast.kernels.launch_dropout.dropout_forward`."""
+    return launch(impl).dropout_forward(x, seed, dropout_p, relu)
+
+
+@dropout_forward.register_fake
+def _(x: Tensor, *_rest: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("uniad_fast::dropout_backward", mutates_args=())
+def dropout_backward(
+    out_gradient: Tensor, out: Tensor, seed: Tensor | None, dropout_p: float, relu: bool, impl: str
+) -> Tensor:
+    """See `uniad_fast.kernels.launch_dropout.dropout_backward`."""
+    return launch(impl).dropout_backward(out_gradient, out, seed, dropout_p, relu)
+
+
+@dropout_backward.register_fake
+def _(out_gradient: Tensor, out: Tensor, *_rest: Any) -> Tensor:
+    return out.new_empty(out.shape)
+
+
+def _save_dropout(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, seed, *ctx.arguments = inputs
+    ctx.save_for_backward(output, seed)
+
+
+def _dropout_gradients(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return dropout_backward(out_gradient, *ctx.saved_tensors, *ctx.arguments), None, None, None, None
+
+
+dropout_forward.register_autograd(_dropout_gradients, setup_context=_save_dropout)
+
+
 def _tokens_first(key: Tensor) -> Tensor:
     """Shape of `key`, laid out as the launchers lay out what they allocate."""
     return key.new_empty(key.transpose(1, 2).shape).transpose(1, 2)

@@ -52,6 +52,27 @@ def jitter_project(
     return F.linear(torch.addcmul(tokens, noise, deviation), weight, bias)
 
 
+def dropout_add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dropout_p: float,
+    eps: float,
+    seed: int | Tensor | None,
+) -> Tensor:
+    """As `reference.dropout_add_norm`, with torch's generator."""
+    total = residual + dropout(x, dropout_p, False, seed)
+    with torch.autocast(x.device.type, enabled=False):  # it would widen, and its result be narrowed again
+        return F.layer_norm(total, (x.shape[-1],), weight.to(total.dtype), bias.to(total.dtype), eps)
+
+
+def dropout(x: Tensor, dropout_p: float, relu: bool, seed: int | Tensor | None) -> Tensor:
+    """As `reference.dropout`, with torch's generator."""
+    with _seeded(seed, x.device):
+        return F.dropout(x.relu() if relu else x, dropout_p)
+
+
 @contextlib.contextmanager
 def _seeded(seed: int | Tensor | None, device: torch.device) -> Iterator[None]:
     """Torch's generators as `seed` sets them, put back afterwards; with None, as they are."""

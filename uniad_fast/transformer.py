@@ -5,15 +5,24 @@ names are the public code's, so that its state dicts load.
 """
 
 from collections.abc import Callable
+from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import NeighborMaskedAttention
+from .functional import dropout, dropout_add_norm
 from .kept import Kept
+from .linear import linear
 from .neighborhood import Size
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "glu": F.glu}
+# ReLU is done in one pass with the dropout that follows.
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "glu": F.glu}
+
+
+Heads = tuple[Tensor, Tensor]
+"""Projected keys and values, [B, heads, N, head_dim] each."""
 
 
 class Transformer(nn.Module):
@@ -75,6 +84,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
         """tokens [B, N, C], position [N, C] -> reconstructed tokens [B, N, C]."""
+        position = position.to(tokens.dtype)  # in float32 it would widen every sum under autocast
         return self.decoder(self.encoder(tokens, position), position)
 
 
@@ -98,34 +108,75 @@ class Decoder(nn.Module):
 
     def forward(self, memory: Tensor, position: Tensor) -> Tensor:
         out = memory
-        for layer in self.layers:
-            out = layer(out, memory, position)
+        for layer, served in zip(self.layers, self._project_memory(memory, position), strict=True):
+            out = layer(out, position, *served)
         return self.norm(out)
+
+    def _project_memory(self, memory: Tensor, position: Tensor) -> list[tuple[Heads, Heads | None]]:
+        """(keys, values) of every attention to the encoder's output, all in one product each.
+
+        Those are every layer's first and, since its previous output is the encoder's, the first layer's second.
+        """
+        if not self.layers:
+            return []
+        layers = cast(list[DecoderLayer], list(self.layers))
+        attentions = [layer.self_attn for layer in layers] + [layers[0].multihead_attn]
+        projected = []
+        for tokens, which in ((memory + position, 1), (memory, 2)):
+            weights, biases = zip(*(attention.in_proj(which, which + 1) for attention in attentions), strict=True)
+            bias = None if biases[0] is None else torch.cat(biases)
+            product = linear(tokens, torch.cat(weights), bias, attentions[0].impl)
+            projected.append([attentions[0].split_heads(part) for part in product.chunk(len(attentions), dim=-1)])
+        *firsts, second = zip(*projected, strict=True)
+        return [(first, None if number else second) for number, first in enumerate(firsts)]
 
 
 class _Layer(nn.Module):
     """What both kinds of layer have: the two-layer FFN and the choice of pre- or post-norm."""
 
     def __init__(
-        self, hidden_dim: int, dim_feedforward: int, dropout: float, activation: str, normalize_before: bool
+        self,
+        hidden_dim: int,
+        dim_feedforward: int,
+        dropout: float,
+        activation: str,
+        normalize_before: bool,
+        impl: str | None,
     ) -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        if activation != "relu" and activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of relu, {', '.join(_ACTIVATIONS)}, got {activation!r}")
         self.activation = activation
         self.normalize_before = normalize_before
         self.linear1 = nn.Linear(hidden_dim, dim_feedforward * (2 if activation == "glu" else 1))
         self.linear2 = nn.Linear(dim_feedforward, hidden_dim)
         self.dropout = nn.Dropout(dropout)
+        self.impl = impl
 
-    def residual(self, norm: nn.Module, tokens: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
-        """tokens + block(tokens) with the norm before the block or after the sum."""
+    @property
+    def dropout_p(self) -> float:
+        """Of this forward pass."""
+        return self.dropout.p if self.training else 0.0
+
+    def end(self, norm: nn.LayerNorm, tokens: Tensor, out: Tensor) -> Tensor:
+        """End of a block: tokens (of batch 1, or B) + dropout(out), with the norm after it unless it was before."""
         if self.normalize_before:
-            return tokens + self.dropout(block(norm(tokens)))
-        return norm(tokens + self.dropout(block(tokens)))
+            return tokens + dropout(out, self.dropout_p, impl=self.impl)
+        return dropout_add_norm(
+            out, tokens, norm.weight, norm.bias, dropout_p=self.dropout_p, eps=norm.eps, impl=self.impl
+        )
+
+    def residual(self, norm: nn.LayerNorm, tokens: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+        """tokens + block(tokens) with the norm before the block or after the sum."""
+        return self.end(norm, tokens, block(norm(tokens) if self.normalize_before else tokens))
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
-        return self.linear2(self.dropout(_ACTIVATIONS[self.activation](self.linear1(tokens))))
+        hidden = linear(tokens, self.linear1.weight, self.linear1.bias, self.impl)
+        if self.activation == "relu":
+            hidden = dropout(hidden, self.dropout_p, relu=True, impl=self.impl)
+        else:
+            hidden = dropout(_ACTIVATIONS[self.activation](hidden), self.dropout_p, impl=self.impl)
+        return linear(hidden, self.linear2.weight, self.linear2.bias, self.impl)
 
 
 class EncoderLayer(_Layer):
@@ -137,7 +188,7 @@ class EncoderLayer(_Layer):
         activation: str,
         normalize_before: bool,
     ) -> None:
-        super().__init__(self_attn.embed_dim, dim_feedforward, dropout, activation, normalize_before)
+        super().__init__(self_attn.embed_dim, dim_feedforward, dropout, activation, normalize_before, self_attn.impl)
         self.self_attn = self_attn
         self.norm1 = nn.LayerNorm(self_attn.embed_dim)
         self.norm2 = nn.LayerNorm(self_attn.embed_dim)
@@ -164,7 +215,7 @@ class DecoderLayer(_Layer):
         normalize_before: bool,
     ) -> None:
         hidden_dim = self_attn.embed_dim
-        super().__init__(hidden_dim, dim_feedforward, dropout, activation, normalize_before)
+        super().__init__(hidden_dim, dim_feedforward, dropout, activation, normalize_before, self_attn.impl)
         height, width = self_attn.feature_size
         self.learned_embed = nn.Embedding(height * width, hidden_dim)
         self.self_attn = self_attn
@@ -174,18 +225,21 @@ class DecoderLayer(_Layer):
         self.norm3 = nn.LayerNorm(hidden_dim)
         self._query = Kept()
 
-    def forward(self, out: Tensor, memory: Tensor, position: Tensor) -> Tensor:
-        def attend_memory(_: Tensor) -> Tensor:
-            return self.self_attn.attend(self.learned_query(position), memory + position, memory)
+    def forward(self, out: Tensor, position: Tensor, memory: Heads, previous: Heads | None) -> Tensor:
+        """out [B, N, C], the previous layer's -> this one's.
+
+        memory: the encoder's output as the first attention's keys and values. previous: the previous output as the
+        second's, where the caller has them.
+        """
+        embed = self.learned_embed.weight.to(out.dtype)[None]  # [1, N, C], broadcast over the batch by what it meets
+        tokens = self.end(self.norm1, embed, self.self_attn.attend(self.learned_query(position), *memory))
 
         def attend_previous(x: Tensor) -> Tensor:
-            return self.multihead_attn(x + position, out + position, out)[0]
+            query = x + position
+            if previous is None:
+                return self.multihead_attn(query, out + position, out)[0]
+            return self.multihead_attn.attend(self.multihead_attn.project(query, 0, 1)[0], *previous)
 
-        embed = self.learned_embed.weight[None]  # [1, N, C], broadcast over the batch by what it meets
-        if self.normalize_before:
-            tokens = embed + self.dropout(attend_memory(embed))
-        else:
-            tokens = self.norm1(embed + self.dropout(attend_memory(embed)))
         tokens = self.residual(self.norm2, tokens, attend_previous)
         return self.residual(self.norm3, tokens, self.feed_forward)
 
@@ -196,7 +250,7 @@ class DecoderLayer(_Layer):
             embed = self.learned_embed.weight[None]
             if self.normalize_before:
                 embed = self.norm1(embed)
-            return self.self_attn.project_query(embed + position)
+            return self.self_attn.project(embed + position, 0, 1)[0]
 
         sources = [position, self.learned_embed.weight, *self.norm1.parameters(), self.self_attn.in_proj_weight]
         if self.self_attn.in_proj_bias is not None:

@@ -1,0 +1,130 @@
+"""Launches of the dropout kernels, as launch.py has them for the others."""
+
+import torch
+import triton
+from torch import Tensor
+
+from . import dropout as kernels
+
+_ELEMENTS = 2048  # of a program's tile: 16 a thread
+_PROGRAMS = 256
+
+
+def norm_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, dropout_p: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm(residual + dropout(x)) [R, C] and its mean and reciprocal deviation, float32 [R, 2].
+
+    x [R, C]; residual [R', C], row r meets row r % R'; weight and bias float32 [C].
+    """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    stats = torch.empty(x.shape[0], 2, dtype=torch.float32, device=x.device)
+    if out.numel() > 0:
+        block = _block(x)
+        with on(x.device):
+            kernels.norm_forward_kernel[(triton.cdiv(x.shape[0], block["BLOCK_R"]),)](
+                x_ptr=x.contiguous(),
+                residual_ptr=residual.contiguous(),
+                weight_ptr=weight.contiguous(),
+                bias_ptr=bias.contiguous(),
+                out_ptr=out,
+                stats_ptr=stats,
+                seed_ptr=stats if seed is None else seed,
+                residual_rows=residual.shape[0],
+                eps=eps,
+                DROPOUT=dropout_p > 0,
+                **block,
+                **dropout_arguments(dropout_p),
+            )
+    return out, stats
+
+
+def norm_backward(
+    out_gradient: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    stats: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, residual (the same tensor where both are the sum's), weight and bias, the last two in float32."""
+    (rows, width), dropout = x.shape, dropout_p > 0
+    sum_gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x_gradient = torch.empty_like(sum_gradient) if dropout else sum_gradient
+    programs = max(1, min(_PROGRAMS, rows // 16))
+    parts = torch.zeros(programs, 2, width, dtype=torch.float32, device=x.device)
+    if x.numel() > 0:
+        block = _block(x)
+        with on(x.device):
+            kernels.norm_backward_kernel[(programs,)](
+                out_gradient_ptr=out_gradient.contiguous(),
+                x_ptr=x.contiguous(),
+                residual_ptr=residual.contiguous(),
+                weight_ptr=weight.contiguous(),
+                stats_ptr=stats,
+                sum_gradient_ptr=sum_gradient,
+                x_gradient_ptr=x_gradient,
+                part_ptr=parts,
+                seed_ptr=stats if seed is None else seed,
+                residual_rows=residual.shape[0],
+                rows_per_program=triton.cdiv(triton.cdiv(rows, programs), block["BLOCK_R"]) * block["BLOCK_R"],
+                DROPOUT=dropout,
+                **block,
+                **dropout_arguments(dropout_p),
+            )
+    if residual.shape != x.shape:  # summed over the rows that meet one of its, in torch's fixed order
+        sum_gradient = sum_gradient.view(-1, *residual.shape).sum(0, dtype=torch.float32).to(x.dtype)
+    return x_gradient, sum_gradient, *parts.sum(0).unbind(0)
+
+
+def dropout_forward(x: Tensor, seed: Tensor | None, dropout_p: float, relu: bool) -> Tensor:
+    """dropout(x), or dropout(relu(x)), of x [R, C]."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel() > 0:
+        block = _block(x)
+        with on(x.device):
+            kernels.dropout_forward_kernel[(triton.cdiv(x.shape[0], block["BLOCK_R"]),)](
+                x_ptr=x.contiguous(),
+                out_ptr=out,
+                seed_ptr=out if seed is None else seed,
+                RELU=relu,
+                DROPOUT=dropout_p > 0,
+                **block,
+                **dropout_arguments(dropout_p),
+            )
+    return out
+
+
+def dropout_backward(out_gradient: Tensor, out: Tensor, seed: Tensor | None, dropout_p: float, relu: bool) -> Tensor:
+    """Gradient of x, from what `dropout_forward` gave."""
+    gradient = torch.empty_like(out, memory_format=torch.contiguous_format)
+    if out.numel() > 0:
+        block = _block(out)
+        with on(out.device):
+            kernels.dropout_backward_kernel[(triton.cdiv(out.shape[0], block["BLOCK_R"]),)](
+                out_gradient_ptr=out_gradient.contiguous(),
+                out_ptr=out.contiguous(),
+                gradient_ptr=gradient,
+                seed_ptr=gradient if seed is None else seed,
+                RELU=relu,
+                **block,
+                **dropout_arguments(dropout_p),
+            )
+    return gradient
+
+
+def _block(x: Tensor) -> dict[str, int]:
+    rows, width = x.shape
+    columns = max(16, triton.next_power_of_2(width))
+    return {"rows": rows, "WIDTH": width, "BLOCK_R": max(1, _ELEMENTS // columns), "BLOCK_C": columns}
+
+
+def dropout_arguments(p: float) -> dict[str, float | int]:
+    """What the kernels take for a probability."""
+    return {"keep_threshold": round(p * 65536), "keep_scale": 1 / (1 - p)}
+
+
+def on(device: torch.device) -> torch.cuda.device:
+    """Launch on the tensors' device; nothing to do for a CPU, which Triton's interpreter runs on."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)

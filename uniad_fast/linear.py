@@ -1,0 +1,55 @@
+"""The product of a linear layer: float32 on a CPU by oneDNN, since torch sends it to MKL, which may stop at AVX2."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .impls import choose_impl
+
+
+def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> Tensor:
+    """`torch.nn.functional.linear`; by oneDNN where `impl` means the CPU kernels and the product is in float32.
+
+    tokens [..., C_in], weight [C_out, C_in], bias [C_out] -> [..., C_out].
+    """
+    if not _is_for_onednn(tokens, weight, impl):
+        return F.linear(tokens, weight, bias)
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    wanted = tokens.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    product = _Linear.apply if torch.is_grad_enabled() and wanted else _onednn
+    return product(flat, weight, bias).view(*tokens.shape[:-1], weight.shape[0])
+
+
+def _is_for_onednn(tokens: Tensor, weight: Tensor, impl: str | None) -> bool:
+    if tokens.device.type != "cpu" or tokens.dtype != torch.float32 or weight.dtype != torch.float32:
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or not tokens.numel():
+        return False
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    return choose_impl(impl, tokens) == "cpu"
+
+
+def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return _onednn(rows, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        with_rows, with_weight, with_bias = ctx.needs_input_grad
+        return (
+            _onednn(out_gradient, weight.t(), None) if with_rows else None,
+            _onednn(out_gradient.t(), rows.t(), None) if with_weight else None,
+            out_gradient.sum(0) if with_bias else None,
+        )
