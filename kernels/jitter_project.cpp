@@ -82,12 +82,13 @@ void forward(const Problem& p, const T* tokens, const T* weight, const T* bias, 
   const int64_t width = p.channel_width(), words = width / Mode::PAIR, outs = round_up(p.outs, LANES);
   over_splits(p, [&](int64_t, int64_t first, int64_t last) {
     Scratch scratch;
-    uint32_t* weight_rows = scratch.take<uint32_t>(outs * words);
-    uint32_t* rows = scratch.take<uint32_t>(GROUP * words);
+    uint32_t* weight_lanes = scratch.take<uint32_t>(words * outs);
+    uint32_t* rows = scratch.take<uint32_t>(std::max<int64_t>(outs, GROUP) * words);
     uint32_t* lanes = scratch.take<uint32_t>(words * GROUP);
     float* columns = scratch.take<float>(outs * GROUP);
     float* row = scratch.take<float>(LANES * LANES);
-    pack_rows<Mode>(weight, p.channels, p.outs, outs, p.channels, width, weight_rows);
+    pack_rows<Mode>(weight, p.channels, p.outs, outs, p.channels, width, rows);
+    transpose_rows(rows, outs, words, weight_lanes, outs);
     for (int64_t t = first; t < last; t += GROUP) {
       const int64_t count = std::min<int64_t>(GROUP, last - t);
       for (int64_t l = 0; l < count; l++) {
@@ -95,11 +96,11 @@ void forward(const Problem& p, const T* tokens, const T* weight, const T* bias, 
         deviation[t + l] = norm * factor;
       }
       noisy_rows<Mode>(p, tokens, t, count, GROUP, deviation + t, rows);
-      transpose_group(rows, words, lanes);
+      transpose_rows(rows, GROUP, words, lanes, GROUP);
       over_rows(outs, [&](int64_t o, auto rows_of) {
         constexpr int R = rows_of;
         vfloat sum[R][2] = {};
-        multiply<Mode>(weight_rows + o * words, words, 1, lanes, GROUP, words, sum);
+        multiply<Mode, 1>(weight_lanes + o, outs, lanes, GROUP, words, sum);
         for (int r = 0; r < R; r++)
           for (int v = 0; v < 2; v++) store(columns + (o + r) * GROUP + v * LANES, sum[r][v]);
       });
@@ -143,7 +144,7 @@ void weight_gradient(
           if (t != first)
             for (int r = 0; r < R; r++)
               for (int v = 0; v < 2; v++) sum[r][v] = load<vfloat>(target + r * width + v * LANES);
-          multiply<Mode>(gradient + o, 1, out_width, noisy + c, width, padded / Mode::PAIR, sum);
+          multiply<Mode, 1>(gradient + o, out_width, noisy + c, width, padded / Mode::PAIR, sum);
           for (int r = 0; r < R; r++)
             for (int v = 0; v < 2; v++) store(target + r * width + v * LANES, sum[r][v]);
         });
@@ -162,6 +163,7 @@ void token_gradient(const Problem& p, const T* out_gradient, const T* tokens, co
     uint32_t* weight_rows = scratch.take<uint32_t>(out_width * width / Mode::PAIR);
     uint32_t* weight_pairs = scratch.take<uint32_t>(out_words * width);
     uint32_t* rows = scratch.take<uint32_t>(GROUP * out_words);
+    uint32_t* lanes = scratch.take<uint32_t>(out_words * GROUP);
     float* through = scratch.take<float>(GROUP * width);
     float noise[4 * LANES];
     pack_rows<Mode>(weight, p.channels, p.outs, out_width, p.channels, width, weight_rows);
@@ -169,11 +171,12 @@ void token_gradient(const Problem& p, const T* out_gradient, const T* tokens, co
     for (int64_t t = first; t < last; t += GROUP) {
       const int64_t count = std::min<int64_t>(GROUP, last - t);
       pack_rows<Mode>(out_gradient + t * p.outs, p.outs, count, GROUP, p.outs, out_width, rows);
+      transpose_rows(rows, GROUP, out_words, lanes, GROUP);
       for (int64_t c = 0; c < width; c += GROUP)
         over_rows(round_up(count, TAIL), [&](int64_t l, auto rows_of) {
           constexpr int R = rows_of;
           vfloat sum[R][2] = {};
-          multiply<Mode>(rows + l * out_words, out_words, 1, weight_pairs + c, width, out_words, sum);
+          multiply<Mode, 1>(lanes + l, GROUP, weight_pairs + c, width, out_words, sum);
           for (int r = 0; r < R; r++)
             for (int v = 0; v < 2; v++) store(through + (l + r) * width + c + v * LANES, sum[r][v]);
         });

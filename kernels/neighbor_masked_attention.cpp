@@ -43,6 +43,11 @@ template <class T> T* plane_start(T* p, const Strides& s, int64_t plane, int64_t
   return p + plane / heads * s.batch + plane % heads * s.head;
 }
 
+// Rows of a head lie far apart, where no hardware prefetcher looks. WRITE: they will be written.
+template <int WRITE, class T> INLINE void prefetch_rows(const T* rows, int64_t stride, int64_t count) {
+  for (int64_t l = 0; l < count; l++) __builtin_prefetch(rows + l * stride, WRITE);
+}
+
 // --- the window and the noise of one group -----------------------------------------------------------------------
 
 // What the lanes of a group of queries hide and keep, for each key of a chunk.
@@ -57,8 +62,20 @@ struct GroupMasks {
         hidden(scratch.take<mask_t>(KEYS)), keep{scratch.take<uint16_t>(KEYS), scratch.take<uint16_t>(KEYS)} {}
 
   void start_group(const Problem& p, int64_t first_query) {
-    near(near_row, p.height, p.radius_row, [&](int l) { return (first_query + l) / p.width; });
-    near(near_col, p.width, p.radius_col, [&](int l) { return (first_query + l) % p.width; });
+    std::fill(near_row, near_row + p.height, 0);
+    std::fill(near_col, near_col + p.width, 0);
+    int64_t row = first_query / p.width, col = first_query % p.width;
+    for (int l = 0; l < GROUP;) {  // lanes of one row are neighbouring bits
+      const int64_t lanes = std::min<int64_t>(GROUP - l, p.width - col);
+      const mask_t bits = (mask_t)(((uint64_t{1} << lanes) - 1) << l);
+      const int64_t top = std::max<int64_t>(row - p.radius_row, 0), bottom = std::min(row + p.radius_row, p.height - 1);
+      for (int64_t i = top; i <= bottom; i++) near_row[i] |= bits;
+      for (; bits >> l & 1 && l < GROUP; l++, col++) {
+        const int64_t left = std::max<int64_t>(col - p.radius_col, 0), right = std::min(col + p.radius_col, p.width - 1);
+        for (int64_t i = left; i <= right; i++) near_col[i] |= mask_t{1} << l;
+      }
+      row++, col = 0;
+    }
   }
 
   void start_chunk(const Problem& p, int64_t plane, int64_t first_query, int vectors, int64_t begin, int64_t end) {
@@ -75,14 +92,6 @@ struct GroupMasks {
                   p.keep_threshold, keep[v] + (j - begin), 1);
   }
 
- private:
-  template <class F> static void near(mask_t* table, int64_t size, int64_t radius, F position) {
-    std::fill(table, table + size, 0);
-    for (int l = 0; l < GROUP; l++) {
-      const int64_t at = position(l), last = std::min(at + radius, size - 1);
-      for (int64_t i = std::max<int64_t>(at - radius, 0); i <= last; i++) table[i] |= mask_t{1} << l;
-    }
-  }
 };
 
 INLINE bool all_hidden(const mask_t* hidden, int rows) {
@@ -105,7 +114,7 @@ template <class Mode, class T> struct Forward {
     const int64_t width = p.lanes_dim(), words = width / Mode::PAIR, tokens = p.tokens();
     const int64_t groups = (last - first + GROUP - 1) / GROUP, chunk = std::min(KEYS, round_up(tokens, 64));
     Scratch scratch;
-    uint32_t* key_rows = scratch.take<uint32_t>(chunk * words);
+    uint32_t* key_lanes = scratch.take<uint32_t>(words * chunk);
     uint32_t* rows = scratch.take<uint32_t>(std::max<int64_t>(chunk, GROUP) * words);
     uint32_t* value_pairs = scratch.take<uint32_t>(chunk / Mode::PAIR * width);
     uint32_t* query_lanes = scratch.take<uint32_t>(words * GROUP);
@@ -116,7 +125,8 @@ template <class Mode, class T> struct Forward {
     for (int64_t begin = 0; begin < tokens; begin += chunk) {
       const int64_t end = std::min(begin + chunk, tokens), keys = round_up(end - begin, TAIL);
       pack_rows<Mode>(plane_start(key, key_strides, plane, p.heads) + begin * key_strides.token, key_strides.token,
-                      end - begin, keys, p.head_dim, width, key_rows);
+                      end - begin, round_up(keys, LANES), p.head_dim, width, rows);
+      transpose_rows(rows, round_up(keys, LANES), words, key_lanes, chunk);
       pack_rows<Mode>(plane_start(value, value_strides, plane, p.heads) + begin * value_strides.token,
                       value_strides.token, end - begin, keys, p.head_dim, width, rows);
       pair_rows<Mode>(rows, keys, width, value_pairs);
@@ -125,14 +135,15 @@ template <class Mode, class T> struct Forward {
         float* state = sums + g * (p.rows_dim() + 2) * GROUP;
         pack_rows<Mode>(plane_start(query, query_strides, plane, p.heads) + q * query_strides.token,
                         query_strides.token, count, GROUP, p.head_dim, width, rows);
-        transpose_group(rows, words, query_lanes);
+        transpose_rows(rows, GROUP, words, query_lanes, GROUP);
         const int vectors = count > LANES ? 2 : 1;
+        prefetch_rows<1>(plane_start(out, out_strides, plane, p.heads) + q * out_strides.token, out_strides.token, count);
         masks.start_group(p, q);
         masks.start_chunk(p, plane, q, vectors, begin, end);
         if (vectors == 2)
-          add_chunk<2>(key_rows, value_pairs, query_lanes, keys, masks, begin == 0, scores, weights, state);
+          add_chunk<2>(key_lanes, chunk, value_pairs, query_lanes, keys, masks, begin == 0, scores, weights, state);
         else
-          add_chunk<1>(key_rows, value_pairs, query_lanes, keys, masks, begin == 0, scores, weights, state);
+          add_chunk<1>(key_lanes, chunk, value_pairs, query_lanes, keys, masks, begin == 0, scores, weights, state);
         if (end == tokens) finish(plane, q, count, state, (float*)rows);
       }
     }
@@ -140,9 +151,9 @@ template <class Mode, class T> struct Forward {
 
   template <int V>
   void add_chunk(
-      const uint32_t* key_rows, const uint32_t* value_pairs, const uint32_t* query_lanes, int64_t keys,
-      const GroupMasks& masks, bool is_first, float* scores, uint32_t* weights, float* state) const {
-    const int64_t width = p.lanes_dim(), words = width / Mode::PAIR, dim_words = (p.head_dim + Mode::PAIR - 1) / Mode::PAIR;
+      const uint32_t* key_lanes, int64_t key_stride, const uint32_t* value_pairs, const uint32_t* query_lanes,
+      int64_t keys, const GroupMasks& masks, bool is_first, float* scores, uint32_t* weights, float* state) const {
+    const int64_t width = p.lanes_dim(), dim_words = (p.head_dim + Mode::PAIR - 1) / Mode::PAIR;
     vfloat maximum[V], total[V], pivot[V], correction[V];
     for (int v = 0; v < V; v++) maximum[v] = is_first ? splat(-INF) : load<vfloat>(state + v * LANES);
 
@@ -153,7 +164,7 @@ template <class Mode, class T> struct Forward {
         return;
       }
       vfloat sum[R][V] = {};
-      multiply<Mode>(key_rows + j * words, words, 1, query_lanes, GROUP, dim_words, sum);
+      multiply<Mode, 1>(key_lanes + j, key_stride, query_lanes, GROUP, dim_words, sum);
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
         const mask_t hidden = masks.hidden[j + r];
@@ -199,7 +210,7 @@ template <class Mode, class T> struct Forward {
       if (!is_first)
         for (int r = 0; r < R; r++)
           for (int v = 0; v < V; v++) sum[r][v] = load<vfloat>(out_rows + r * GROUP + v * LANES) * correction[v];
-      multiply<Mode>(value_pairs + d, 1, width, weights, GROUP, keys / Mode::PAIR, sum);
+      multiply<Mode, 1>(value_pairs + d, width, weights, GROUP, keys / Mode::PAIR, sum);
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) store(out_rows + r * GROUP + v * LANES, sum[r][v]);
@@ -208,11 +219,12 @@ template <class Mode, class T> struct Forward {
 
   void finish(int64_t plane, int64_t q, int64_t count, float* state, float* columns) const {
     float* log_sums = log_sum_exp + plane * p.tokens() + q;
-    for (int l = 0; l < GROUP; l++) {
-      const float total = state[GROUP + l];
-      const bool empty = total == 0;
-      if (l < count) log_sums[l] = empty ? INF : state[l] * p.scale_log2 + std::log2(total);
-      state[GROUP + l] = empty ? 0 : p.keep_scale / total;
+    for (int v = 0; v * LANES < count; v++) {
+      const vfloat total = load<vfloat>(state + GROUP + v * LANES), maximum = load<vfloat>(state + v * LANES);
+      const vint empty = total == 0.f;
+      const vfloat log_sum = maximum * p.scale_log2 + log_of(total) * 1.44269504f;
+      narrow_vector(empty ? splat(INF) : log_sum, log_sums + v * LANES, count - v * LANES);
+      store(state + GROUP + v * LANES, empty ? vfloat{} : p.keep_scale / total);
     }
     T* target = plane_start(out, out_strides, plane, p.heads) + q * out_strides.token;
     float *rows = state + 2 * GROUP, *factor = state + GROUP;
@@ -254,8 +266,9 @@ template <class Mode, class T> struct Backward {
     const int64_t width = p.lanes_dim(), words = width / Mode::PAIR, tokens = p.tokens();
     const int64_t chunk = std::min(KEYS, round_up(last - first, 64));
     Scratch scratch;
-    uint32_t* key_rows = scratch.take<uint32_t>(chunk * words);
-    uint32_t* value_rows = scratch.take<uint32_t>(chunk * words);
+    uint32_t* rows = scratch.take<uint32_t>(chunk * words);
+    uint32_t* key_lanes = scratch.take<uint32_t>(words * chunk);
+    uint32_t* value_lanes = scratch.take<uint32_t>(words * chunk);
     uint32_t* key_pairs = scratch.take<uint32_t>(chunk / Mode::PAIR * width);
     float* key_sums = scratch.take<float>(chunk * width);
     float* value_sums = scratch.take<float>(chunk * width);
@@ -274,11 +287,14 @@ template <class Mode, class T> struct Backward {
 
     for (int64_t begin = first; begin < last; begin += chunk) {
       const int64_t end = std::min(begin + chunk, last), keys = round_up(end - begin, TAIL);
-      pack_rows<Mode>(plane_start(key, key_strides, plane, p.heads) + begin * key_strides.token, key_strides.token,
-                      end - begin, keys, p.head_dim, width, key_rows);
+      const int64_t padded = round_up(keys, LANES);
       pack_rows<Mode>(plane_start(value, value_strides, plane, p.heads) + begin * value_strides.token,
-                      value_strides.token, end - begin, keys, p.head_dim, width, value_rows);
-      pair_rows<Mode>(key_rows, keys, width, key_pairs);
+                      value_strides.token, end - begin, padded, p.head_dim, width, rows);
+      transpose_rows(rows, padded, words, value_lanes, chunk);
+      pack_rows<Mode>(plane_start(key, key_strides, plane, p.heads) + begin * key_strides.token, key_strides.token,
+                      end - begin, padded, p.head_dim, width, rows);
+      transpose_rows(rows, padded, words, key_lanes, chunk);
+      pair_rows<Mode>(rows, keys, width, key_pairs);
       for (int64_t q0 = 0; q0 < tokens; q0 += QUERIES) {
         const int64_t q1 = std::min(q0 + QUERIES, tokens);
         for (int64_t q = q0; q < q1; q += GROUP) {
@@ -293,10 +309,10 @@ template <class Mode, class T> struct Backward {
           uint32_t* group_pairs = Mode::PAIR == 1 ? differences + (q - q0) : pairs;
           const int64_t pair_stride = Mode::PAIR == 1 ? QUERIES : GROUP;
           if (vectors == 2) {
-            add_group<2>(key_rows, value_rows, keys, group, masks, weights + at, differences + at, pairs);
+            add_group<2>(key_lanes, value_lanes, chunk, keys, group, masks, weights + at, differences + at, pairs);
             query_product<2>(key_pairs, keys, group_pairs, pair_stride, columns);
           } else {
-            add_group<1>(key_rows, value_rows, keys, group, masks, weights + at, differences + at, pairs);
+            add_group<1>(key_lanes, value_lanes, chunk, keys, group, masks, weights + at, differences + at, pairs);
             query_product<1>(key_pairs, keys, group_pairs, pair_stride, columns);
           }
           store_query(plane, split, q, count, columns, begin == first, end == last, query_sums);
@@ -319,11 +335,15 @@ template <class Mode, class T> struct Backward {
     const int64_t width = p.lanes_dim(), words = width / Mode::PAIR;
     const T* gradient = plane_start(out_gradient, out_gradient_strides, plane, p.heads) + q * out_gradient_strides.token;
     const T* output = plane_start(out, out_strides, plane, p.heads) + q * out_strides.token;
+    T* target = plane_start(query_gradient, query_gradient_strides, plane, p.heads) + q * query_gradient_strides.token;
+    prefetch_rows<0>(gradient, out_gradient_strides.token, count);
+    prefetch_rows<0>(output, out_strides.token, count);
+    prefetch_rows<1>(target, query_gradient_strides.token, count);
     pack_rows<Mode>(plane_start(query, query_strides, plane, p.heads) + q * query_strides.token, query_strides.token,
                     count, GROUP, p.head_dim, width, query_rows);
     pack_rows<Mode>(gradient, out_gradient_strides.token, count, GROUP, p.head_dim, width, gradient_rows);
-    transpose_group(query_rows, words, group.query_lanes);
-    transpose_group(gradient_rows, words, group.gradient_lanes);
+    transpose_rows(query_rows, GROUP, words, group.query_lanes, GROUP);
+    transpose_rows(gradient_rows, GROUP, words, group.gradient_lanes, GROUP);
     for (int l = 0; l < GROUP; l++) {
       vfloat sum{};
       for (int64_t d = 0; l < count && d < p.head_dim; d += LANES)
@@ -337,9 +357,9 @@ template <class Mode, class T> struct Backward {
   // Weights after dropout (not yet divided by 1 - p) and gradients of the scores, of all keys for one group.
   template <int V>
   void add_group(
-      const uint32_t* key_rows, const uint32_t* value_rows, int64_t keys, const Group& group, const GroupMasks& masks,
-      uint32_t* weights, uint32_t* differences, uint32_t* pairs) const {
-    const int64_t words = p.lanes_dim() / Mode::PAIR, dim_words = (p.head_dim + Mode::PAIR - 1) / Mode::PAIR;
+      const uint32_t* key_lanes, const uint32_t* value_lanes, int64_t key_stride, int64_t keys, const Group& group,
+      const GroupMasks& masks, uint32_t* weights, uint32_t* differences, uint32_t* pairs) const {
+    const int64_t dim_words = (p.head_dim + Mode::PAIR - 1) / Mode::PAIR;
     constexpr int64_t STRIDE = QUERIES / Mode::PAIR;
     const bool dropout = p.keep_threshold != 0;
     vfloat log_sums[V], delta[V];
@@ -351,7 +371,7 @@ template <class Mode, class T> struct Backward {
       constexpr int R = rows;
       vfloat weight[R][V] = {}, gradient[R][V] = {};
       if (!all_hidden(masks.hidden + j, R)) {
-        multiply<Mode>(key_rows + j * words, words, 1, group.query_lanes, GROUP, dim_words, weight);
+        multiply<Mode, 1>(key_lanes + j, key_stride, group.query_lanes, GROUP, dim_words, weight);
         vfloat spill[R][V];
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++)
@@ -360,7 +380,7 @@ template <class Mode, class T> struct Backward {
             const vfloat x = exp2<Mode::EXP_DEGREE>(weight[r][v] * p.scale_log2 - log_sums[v]);
             spill[r][v] = select(masks.hidden[j + r] >> v * LANES, vfloat{}, x);
           }
-        multiply<Mode>(value_rows + j * words, words, 1, group.gradient_lanes, GROUP, dim_words, gradient);
+        multiply<Mode, 1>(value_lanes + j, key_stride, group.gradient_lanes, GROUP, dim_words, gradient);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
@@ -399,7 +419,7 @@ template <class Mode, class T> struct Backward {
     over_rows(p.rows_dim(), [&](int64_t d, auto rows) {
       constexpr int R = rows;
       vfloat sum[R][V] = {};
-      multiply<Mode>(key_pairs + d, 1, p.lanes_dim(), pairs, stride, keys / Mode::PAIR, sum);
+      multiply<Mode, 1>(key_pairs + d, p.lanes_dim(), pairs, stride, keys / Mode::PAIR, sum);
       for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) store(columns + (d + r) * GROUP + v * LANES, sum[r][v]);
     });
@@ -418,7 +438,8 @@ template <class Mode, class T> struct Backward {
         if (!is_first)
           for (int r = 0; r < R; r++)
             for (int v = 0; v < 2; v++) sum[r][v] = load<vfloat>(target + r * width + v * LANES);
-        multiply<Mode>(rows_of_words + j * (QUERIES / Mode::PAIR), QUERIES / Mode::PAIR, 1, pairs + d, width, summed, sum);
+        constexpr int STRIDE = QUERIES / Mode::PAIR;
+        multiply<Mode, STRIDE>(rows_of_words + j * STRIDE, 1, pairs + d, width, summed, sum);
         for (int r = 0; r < R; r++)
           for (int v = 0; v < 2; v++) store(target + r * width + v * LANES, sum[r][v]);
       });

@@ -12,8 +12,13 @@ constexpr int GROUP = 2 * LANES;  // tokens whose results are computed together,
 // `count` rows of `dim` elements as words [padded][width / PAIR], zeros beyond them.
 template <class Mode, class T>
 inline void pack_rows(const T* in, int64_t stride, int64_t count, int64_t padded, int64_t dim, int64_t width, uint32_t* out) {
+  constexpr int64_t AHEAD = 16;  // rows of a head lie far apart, where no hardware prefetcher looks
   for (int64_t t = 0; t < padded; t++, out += width / Mode::PAIR) {
-    if constexpr (Mode::PAIR == 2) {
+    if (t + AHEAD < count) __builtin_prefetch(in + (t + AHEAD) * stride);
+    if (t < count && dim == width && sizeof(T) * Mode::PAIR == 4) {  // elements are what words hold
+      for (int64_t w = 0; w < width / Mode::PAIR; w += LANES)
+        store(out + w, load<vword>((const uint32_t*)(in + t * stride) + w));
+    } else if constexpr (Mode::PAIR == 2) {
       const int64_t used = t < count ? dim : 0;
       memcpy(out, in + t * stride, used * 2);
       memset((char*)out + used * 2, 0, (width - used) * 2);
@@ -46,11 +51,10 @@ template <class Mode> inline void pair_rows(const uint32_t* rows, int64_t count,
   memcpy(out, rows, count * width * 4);
 }
 
-// Rows of words [GROUP][words], words a multiple of LANES -> [words][GROUP].
-inline void transpose_group(const uint32_t* rows, int64_t words, uint32_t* out) {
-  for (int v = 0; v < 2; v++)
-    for (int64_t w = 0; w < words; w += LANES)
-      transpose(rows + v * LANES * words + w, words, out + w * GROUP + v * LANES, GROUP);
+// Rows of words [count][words], both multiples of LANES -> [words][stride].
+inline void transpose_rows(const uint32_t* rows, int64_t count, int64_t words, uint32_t* out, int64_t stride) {
+  for (int64_t t = 0; t < count; t += LANES)
+    for (int64_t w = 0; w < words; w += LANES) transpose(rows + t * words + w, words, out + w * stride + t, stride);
 }
 
 // Two rows of lanes as one row of words; for single words, the first row alone.

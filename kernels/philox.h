@@ -18,8 +18,9 @@ INLINE void multiply_wide(vword a, uint32_t m, vword* high, vword* low) {
   const __m512i factor = _mm512_set1_epi32((int)m);
   const __m512i even = _mm512_mul_epu32((__m512i)a, factor);
   const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
-  *high = (vword)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
-  *low = (vword)_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+  constexpr _MM_PERM_ENUM SWAP = _MM_PERM_CDAB;  // within each pair
+  *high = (vword)_mm512_mask_shuffle_epi32(odd, 0x5555, even, SWAP);
+  *low = (vword)_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, SWAP);
 #elif defined(UNIAD_AVX2)
   const __m256i factor = _mm256_set1_epi32((int)m);
   const __m256i even = _mm256_mul_epu32((__m256i)a, factor);

@@ -77,9 +77,13 @@ INLINE vfloat select(mask_t bits, vfloat a, vfloat b) {
 }
 
 INLINE float sum_lanes(vfloat v) {
+#if defined(UNIAD_AVX512)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float total = 0;
   for (int l = 0; l < LANES; l++) total += v[l];
   return total;
+#endif
 }
 
 // 2^x. Below -200 it is 0; DEGREE 6 has a relative error of 2e-9, 4 of 3e-6, which bfloat16 does not see.
@@ -256,18 +260,18 @@ using Brain = Half;  // how bfloat16 tensors are multiplied
 using Brain = Single;
 #endif
 
-// sum[r][v] += over k of a[r * row_stride + k * k_stride] * b[k * b_stride + v * LANES ...]
-template <class Mode, int R, int V>
+// sum[r][v] += over k of a[r * ROW_STRIDE + k * k_stride] * b[k * b_stride + v * LANES ...]
+// The rows' stride is a constant, so that their addresses are one register and offsets.
+template <class Mode, int ROW_STRIDE, int R, int V>
 INLINE void multiply(
-    const uint32_t* a, int64_t row_stride, int64_t k_stride, const uint32_t* b, int64_t b_stride, int64_t words,
-    vfloat (&sum)[R][V]) {
+    const uint32_t* a, int64_t k_stride, const uint32_t* b, int64_t b_stride, int64_t words, vfloat (&sum)[R][V]) {
   for (int64_t k = 0; k < words; k++) {
     vword right[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) right[v] = load<vword>(b + k * b_stride + v * LANES);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
-      const vword left = splat_word(a[r * row_stride + k * k_stride]);
+      const vword left = splat_word(a[r * ROW_STRIDE + k * k_stride]);
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) sum[r][v] = Mode::dot(sum[r][v], left, right[v]);
     }
