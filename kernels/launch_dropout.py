@@ -75,7 +75,7 @@ def norm_backward(
             )
     if residual.shape != x.shape:  # summed over the rows that meet one of its, in torch's fixed order
         sum_gradient = sum_gradient.view(-1, *residual.shape).sum(0, dtype=torch.float32).to(x.dtype)
-    return x_gradient, sum_gradient, *parts.sum(0).unbind(0)
+    return x_gradient, sum_gradient, parts[:, 0].sum(0), parts[:, 1].sum(0)
 
 
 def dropout_forward(x: Tensor, seed: Tensor | None, dropout_p: float, relu: bool) -> Tensor:

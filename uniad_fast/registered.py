@@ -1,18 +1,21 @@
 """The kernels as operators of torch.library, for torch.compile and torch.export: launcher, fake, gradient."""
 
-import importlib
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_LAUNCHERS = {"triton": ".kernels.launch", "cpu": ".kernels.cpu"}
-
 
 def launch(impl: str) -> ModuleType:
     """The launchers of "triton" or "cpu", which take the same arguments; imported by the first call that needs them."""
-    return importlib.import_module(_LAUNCHERS[impl], __package__)
+    if impl == "cpu":
+        from .kernels import cpu
+
+        return cpu
+    from .kernels import launch
+
+    return launch
 
 
 @torch.library.custom_op("uniad_fast::attention_forward", mutates_args=())

@@ -1,0 +1,190 @@
+"""The C++ kernels beyond what every impl is held to: instruction sets, threads, memory, and how they are built."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from uniad_fast.kernels import build, cpu
+
+from uniad_fast import impls, jitter_project, neighbor_masked_attention
+from uniad_fast.functional import dropout, dropout_add_norm
+from uniad_fast.testing import assert_within_budget
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def run_all(dtype, impl, feature_size=(7, 13), neighbor_size=(3, 5), head_dim=20, exact=False):
+    """Outputs and gradients of every op, with noise, on small inputs that fill no vector; `exact` in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape):
+        tensor = torch.randn(shape, generator=generator).to(dtype)
+        return (tensor.double() if exact else tensor).requires_grad_()
+
+    tokens = feature_size[0] * feature_size[1]
+    cases = {
+        "attention": (
+            lambda q, k, v: neighbor_masked_attention(
+                q, k, v, feature_size, neighbor_size, dropout_p=0.2, seed=5, impl=impl
+            ),
+            [make(1, 2, tokens, head_dim), *(make(2, 2, tokens, head_dim) for _ in range(2))],
+        ),
+        "jitter": (
+            lambda t, w, b: jitter_project(t, w, b, scale=4.0, prob=0.7, seed=5, impl=impl),
+            [make(2, tokens, 37), make(21, 37), make(21)],
+        ),
+        "norm": (
+            lambda x, r: dropout_add_norm(
+                x, r, torch.linspace(0.5, 2, 70), torch.ones(70), dropout_p=0.2, seed=5, impl=impl
+            ),
+            [make(3, 11, 70), make(1, 11, 70)],
+        ),
+        "relu": (lambda x: dropout(x, 0.2, relu=True, seed=5, impl=impl), [make(9, 130)]),
+        "dropout": (lambda x: dropout(x, 0.2, seed=5, impl=impl), [make(9, 130)]),
+    }
+    results = {}
+    for name, (function, tensors) in cases.items():
+        out = function(*tensors)
+        weight = torch.randn(out.shape, generator=generator).to(out.dtype)
+        results |= {name: out, **{f"{name} gradient {i}": g for i, g in enumerate(gradients(out, tensors, weight))}}
+    return results
+
+
+def gradients(out, tensors, weight):
+    return torch.autograd.grad(out, tensors, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", build.paths())
+def test_every_instruction_set_within_budget(path, dtype, monkeypatch):
+    """What plain PyTorch makes of it is the definition, run in that dtype."""
+    monkeypatch.setattr(cpu, "load", lambda: build.load(path))
+    truth, plain = run_all(dtype, "reference", exact=True), run_all(dtype, "reference")
+    for name, ours in run_all(dtype, "cpu").items():
+        assert_within_budget(ours, truth[name], plain[name], f"{path} {name}")
+
+
+def test_the_processors_own_path_is_among_those_tested():
+    assert build.paths() and build.load() is build.load()
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_change_no_bit(dtype, threads):
+    """1,600 tokens are two tasks a head, and the query's gradient is summed over them."""
+    results = []
+    for count in (1, 2, 3, 2):
+        threads(count)
+        results.append(run_all(dtype, "cpu", (40, 40), (9, 9)))
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+def test_more_keys_than_a_chunk():
+    """Online softmax over several chunks, tasks of more than one, a window in all of them."""
+    feature_size, neighbor_size = (36, 36), (21, 9)
+    tensors = [torch.randn(1, 2, 36 * 36, 32, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(1, 2, 36 * 36, 32)
+
+    def run(tensors, impl):
+        tensors = [t.detach().requires_grad_() for t in tensors]
+        out = neighbor_masked_attention(*tensors, feature_size, neighbor_size, dropout_p=0.1, seed=3, impl=impl)
+        return [out, *gradients(out, tensors, weight.to(out.dtype))]
+
+    truth = run([t.double() for t in tensors], "reference")
+    for ours, true in zip(run(tensors, "cpu"), truth, strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=2e-6)
+
+
+def test_strided_inputs_are_not_copied(monkeypatch):
+    """Packed, token-first projections go in as they are."""
+    packed = torch.randn(35, 2, 3, 4, 16)  # [N, B, (q, k, v), heads, head_dim]
+    query, key, value = (packed[:, :, i].permute(1, 2, 0, 3) for i in range(3))
+    monkeypatch.setattr(torch.Tensor, "contiguous", None)
+    out = neighbor_masked_attention(query, key, value, (5, 7), (3, 3), impl="cpu")
+    monkeypatch.undo()
+    expected = neighbor_masked_attention(query, key, value, (5, 7), (3, 3), impl="reference")
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("where", ["query", "key"])
+def test_a_nan_goes_through(where):
+    tensors = dict.fromkeys(("query", "key", "value")) | {
+        n: torch.randn(1, 1, 35, 8) for n in ("query", "key", "value")
+    }
+    tensors[where][0, 0, 17, 3] = float("nan")
+    out = neighbor_masked_attention(*tensors.values(), (5, 7), (3, 3), impl="cpu")
+    expected = neighbor_masked_attention(*tensors.values(), (5, 7), (3, 3), impl="reference")
+    assert torch.equal(out.isnan(), expected.isnan()) and expected.isnan().any()
+
+
+def python(code, **environment):
+    import os
+
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+ATTEND = (
+    "import torch; from uniad_fast import neighbor_masked_attention as f; q = torch.ones(1, 1, 20, 8); "
+    "g = lambda **k: f(q, q, q, (4, 5), (3, 3), **k); "
+)
+
+
+def test_memory_of_a_large_grid():
+    """10,000 tokens, forward and backward: 100 million scores a head are 400 MB each, and none of them is kept."""
+    code = (
+        "import resource, torch; from uniad_fast import neighbor_masked_attention as f; torch.set_num_threads(2); "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024; "
+        "small = torch.ones(1, 3, 4, 32, requires_grad=True); f(small, small, small, (2, 2), (1, 1)).sum().backward(); "
+        "q, k, v = (torch.randn(1, 3, 10000, 32, requires_grad=True) for _ in range(3)); before = peak(); "
+        "f(q, k, v, (100, 100), (9, 9), dropout_p=0.1, impl='cpu').sum().backward(); print(peak() - before)"
+    )
+    out, error = python(code).communicate()
+    assert float(out) < 200, (out, error)
+
+
+def test_two_processes_may_build_at_once(tmp_path):
+    environment = dict(TORCH_EXTENSIONS_DIR=str(tmp_path))
+    processes = [python(ATTEND + "print(float(g(impl='cpu').sum()))", **environment) for _ in range(2)]
+    outs = [process.communicate() for process in processes]
+    assert [out for out, _ in outs] == ["160.0\n"] * 2, outs
+    assert any("compiling its CPU kernels" in error for _, error in outs)
+    assert [path.suffix for path in (tmp_path / "uniad_fast").iterdir()] == [".so"]
+
+
+def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path):
+    environment = dict(TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="/nonexistent/c++")
+    out, error = python(ATTEND + "g(); g(); print(g().shape)", **environment).communicate()
+    assert out == "torch.Size([1, 1, 20, 8])\n" and error.count("uniad_fast uses impl='torch'") == 1, error
+    out, error = python(ATTEND + "g(impl='cpu')", **environment).communicate()
+    assert "ValueError: impl='cpu' can't serve this call: no C++ compiler here" in error and "apt-get install" in error
+
+
+def test_a_compiler_that_fails_leaves_nothing(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && { echo 'g++ 12'; exit; }\necho broken >&2; exit 1\n")
+    compiler.chmod(0o755)
+    environment = dict(TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"), CXX=str(compiler))
+    _, error = python(ATTEND + "g(impl='cpu')", **environment).communicate()
+    assert "the C++ kernels do not compile" in error and "To have them, install" in error, error
+    assert not list((tmp_path / "cache/uniad_fast").iterdir())
+
+
+def test_the_default_on_a_cpu():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert impls.choose_impl(None, torch.ones(1)) == "cpu"
+        assert impls.choose_impl(None, torch.ones(1, dtype=torch.float64)) == "torch"
+    with pytest.raises(ValueError, match="they take float32, float16 and bfloat16, not torch.float64"):
+        impls.choose_impl("cpu", torch.ones(1, dtype=torch.float64))
