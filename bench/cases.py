@@ -39,6 +39,13 @@ ATTENTION = [
 """The paper's shape, and the same network on twice the resolution."""
 
 
+LARGE = [
+    AttentionCase("56x56_window29_batch1", 1, 8, 32, (56, 56), (29, 29)),
+    AttentionCase("100x100_window9_3heads", 1, 3, 32, (100, 100), (9, 9)),
+]
+"""Grids at which a materialised N x N tensor hurts."""
+
+
 @dataclass(frozen=True)
 class ModelCase:
     """UniAD of the paper's size on a feature map."""
@@ -48,6 +55,17 @@ class ModelCase:
     channels: int
     feature_size: Size
     neighbor_size: Size
+
+    @property
+    def forward_flops(self) -> int:
+        """Of all matrix products: width 256, FFN 1024, 4 + 4 layers, attention over all pairs."""
+        tokens = self.feature_size[0] * self.feature_size[1]
+        width, hidden = 256, 1024
+        feed_forward, pairs = 2 * width * hidden, 2 * tokens * width
+        encoder, decoder = 4 * width**2 + feed_forward + pairs, 8 * width**2 + feed_forward + 2 * pairs
+        # The decoder's learned queries are projected once for the batch, of which this counts nothing.
+        per_token = 4 * encoder + 4 * (decoder - width**2) + 2 * width * self.channels
+        return 2 * self.batch * tokens * per_token
 
 
 MODEL = [

@@ -13,7 +13,7 @@ from cases import AttentionCase, ModelCase
 Case = AttentionCase | ModelCase
 
 # The reference is the definition, written to be read, and Triton's interpreter is for tests: their time says nothing.
-IMPLEMENTED = ["public", "torch", *(["triton"] if torch.cuda.is_available() else [])]
+IMPLEMENTED = ["public", "torch", "triton" if torch.cuda.is_available() else "cpu"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

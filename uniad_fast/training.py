@@ -101,7 +101,9 @@ def train(
     steps_per_epoch = max(1, len(tokens) // recipe.batch_size)
     epochs = max(recipe.epochs, math.ceil(recipe.min_steps / steps_per_epoch))
     total = epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
     scheduler = _scheduler(optimizer, recipe, total)
     run = json.loads(json.dumps({**run, "recipe": asdict(recipe), "seed": seed, "images": len(tokens)}))
     mean, std = mean.to(device), std.to(device)
