@@ -7,6 +7,7 @@ build twice at worst, and one that is killed leaves nothing that another waits f
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -84,6 +85,8 @@ def _load(path: str | None) -> ctypes.CDLL:
 
 
 def _compile(library: Path, flags: list[str]) -> None:
+    # Its import warns of a CUDA toolkit without a GPU, which is none of this build's business.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils import cpp_extension
 
     print(f"uniad_fast: compiling its CPU kernels, once on this machine, into {library.parent}", file=sys.stderr)
@@ -128,9 +131,9 @@ def _search_path() -> str:
 
 
 def _folder() -> Path:
-    from torch.utils.cpp_extension import get_default_build_root
-
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / "uniad_fast"
+    """Where torch puts extensions on Linux, without importing what compiles them."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or caches / "torch_extensions") / "uniad_fast"
 
 
 @cache
