@@ -25,7 +25,7 @@ def attention(implementation: str, case: AttentionCase, dropout_p: float) -> Cal
     masks = PublicUniAD(1, 1, case.feature_size, case.neighbor_size, hidden_dim=2, nhead=1, layers=0)
 
     def public(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        mask = masks.generate_mask(query.device).to(query.dtype)
+        mask = masks.generate_mask(case.feature_size, case.neighbor_size).to(query.device, query.dtype)
         scores = torch.baddbmm(mask, query.flatten(0, 1) * query.shape[-1] ** -0.5, key.flatten(0, 1).transpose(1, 2))
         weights = F.dropout(scores.softmax(dim=-1), dropout_p)
         out = torch.bmm(weights, value.flatten(0, 1)).view_as(query)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .attention import NeighborMaskedAttention
 from .functional import jitter_project, neighbor_masked_attention
 from .model import UniAD
+from .replace import fast_attention, replace_attention, restore_attention
 
 if TYPE_CHECKING:
     from .detector import AnomalyDetector as AnomalyDetector
@@ -15,8 +16,11 @@ __all__ = [
     "NeighborMaskedAttention",
     "Prediction",
     "UniAD",
+    "fast_attention",
     "jitter_project",
     "neighbor_masked_attention",
+    "replace_attention",
+    "restore_attention",
 ]
 __version__ = "0.1.0"
 

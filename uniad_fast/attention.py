@@ -9,7 +9,54 @@ from .linear import linear
 from .neighborhood import Size, has_query_without_key
 
 
-class NeighborMaskedAttention(nn.Module):
+class Projections(nn.Module):
+    """What an attention with `nn.MultiheadAttention`'s parameters does around the op: project, split heads, merge."""
+
+    embed_dim: int
+    num_heads: int
+    dropout: float
+    in_proj_weight: Tensor
+    in_proj_bias: Tensor | None
+    out_proj: nn.Linear
+
+    def project_all(self, query: Tensor, key: Tensor, value: Tensor, impl: str | None) -> list[Tensor]:
+        """Batch first: query, key and value [B, N, embed_dim] in heads, those of one tensor in one product."""
+        if query is key and key is value:
+            return self.project(query, 0, 3, impl)
+        if query is key:
+            return self.project(query, 0, 2, impl) + self.project(value, 2, 3, impl)
+        if key is value:
+            return self.project(query, 0, 1, impl) + self.project(key, 1, 3, impl)
+        return [part for i, tokens in enumerate((query, key, value)) for part in self.project(tokens, i, i + 1, impl)]
+
+    def project(self, tokens: Tensor, first: int, last: int, impl: str | None) -> list[Tensor]:
+        """Input projections first .. last - 1 of (query, key, value) of tokens [B, N, embed_dim].
+
+        Each is split in heads: [B, heads, N, head_dim], a view of one product.
+        """
+        projected = linear(tokens, *self.in_proj(first, last), impl)
+        return [self.split_heads(part) for part in projected.chunk(last - first, dim=-1)]
+
+    def in_proj(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the input projections first .. last - 1 of (query, key, value)."""
+        rows = slice(first * self.embed_dim, last * self.embed_dim)
+        return self.in_proj_weight[rows], None if self.in_proj_bias is None else self.in_proj_bias[rows]
+
+    def split_heads(self, projected: Tensor) -> Tensor:
+        """[B, N, embed_dim] -> [B, heads, N, head_dim], a view."""
+        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def merge_heads(self, out: Tensor, impl: str | None) -> Tensor:
+        """[B, heads, N, head_dim] -> output projection, [B, N, embed_dim]."""
+        return linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias, impl)
+
+    @property
+    def dropout_p(self) -> float:
+        """Of this forward pass."""
+        return self.dropout if self.training else 0.0
+
+
+class NeighborMaskedAttention(Projections):
     """Multi-head attention in which no token sees its neighbours (UniAD, section 3.2, NMA).
 
     Parameters have the names, shapes and initial values of `nn.MultiheadAttention`'s (`in_proj_weight`,
@@ -98,46 +145,14 @@ class NeighborMaskedAttention(nn.Module):
         return self._attend(first[id(query)], first[id(key)], first[id(value)]).transpose(0, 1), None
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Batch first: project, those of one tensor in one product, and attend."""
-        if query is key and key is value:
-            q, k, v = self.project(query, 0, 3)
-        elif query is key:
-            (q, k), (v,) = self.project(query, 0, 2), self.project(value, 2, 3)
-        elif key is value:
-            (q,), (k, v) = self.project(query, 0, 1), self.project(key, 1, 3)
-        else:
-            (q,), (k,), (v,) = self.project(query, 0, 1), self.project(key, 1, 2), self.project(value, 2, 3)
-        return self.attend(q, k, v)
-
-    def project(self, tokens: Tensor, first: int, last: int) -> list[Tensor]:
-        """Input projections first .. last - 1 of (query, key, value) of tokens [B, N, embed_dim].
-
-        Each is split in heads: [B, heads, N, head_dim], a view of one product.
-        """
-        projected = linear(tokens, *self.in_proj(first, last), self.impl)
-        return [self.split_heads(part) for part in projected.chunk(last - first, dim=-1)]
+        return self.attend(*self.project_all(query, key, value, self.impl))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Projected queries [B or 1, heads, N, head_dim], keys and values [B, ...] -> output [B, N, embed_dim]."""
         out = neighbor_masked_attention(
-            query,
-            key,
-            value,
-            self.feature_size,
-            self.neighbor_size,
-            dropout_p=self.dropout if self.training else 0.0,
-            impl=self.impl,
+            query, key, value, self.feature_size, self.neighbor_size, dropout_p=self.dropout_p, impl=self.impl
         )
-        return linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias, self.impl)
-
-    def in_proj(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the input projections first .. last - 1 of (query, key, value)."""
-        rows = slice(first * self.embed_dim, last * self.embed_dim)
-        return self.in_proj_weight[rows], None if self.in_proj_bias is None else self.in_proj_bias[rows]
-
-    def split_heads(self, projected: Tensor) -> Tensor:
-        """[B, N, embed_dim] -> [B, heads, N, head_dim], a view."""
-        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return self.merge_heads(out, self.impl)
 
     def extra_repr(self) -> str:
         return (

@@ -87,7 +87,7 @@ class PublicUniAD(nn.Module):
         row, col = self.pos_embed.row_embed.weight, self.pos_embed.col_embed.weight
         grid = torch.cat([col.expand(height, -1, -1), row[:, None].expand(-1, width, -1)], dim=-1).flatten(0, 1)
         position = torch.cat([grid[:, None]] * tokens.shape[1], dim=1)
-        mask = self.generate_mask(tokens.device)
+        mask = self.generate_mask(self.feature_size, self.neighbor_size).to(tokens.device)
         for layer in self.transformer.encoder.layers:
             tokens = layer(tokens, None, mask, position)
         out = tokens
@@ -99,17 +99,17 @@ class PublicUniAD(nn.Module):
         pred = F.interpolate(difference, scale_factor=self.stride, mode="bilinear", align_corners=True)
         return {"feature_rec": reconstruction, "feature_align": feature, "pred": pred}
 
-    def generate_mask(self, device: torch.device) -> Tensor:
+    def generate_mask(self, feature_size: Size, neighbor_size: Size) -> Tensor:
         """[N, N], 0 where a key is seen and -inf where hidden, window by window."""
-        height, width = self.feature_size
-        radius_row, radius_col = (n // 2 for n in self.neighbor_size)
+        height, width = feature_size
+        radius_row, radius_col = (n // 2 for n in neighbor_size)
         mask = torch.zeros(height, width, height, width)
         for row in range(height):
             for col in range(width):
                 rows = slice(max(row - radius_row, 0), row + radius_row + 1)
                 cols = slice(max(col - radius_col, 0), col + radius_col + 1)
                 mask[row, col, rows, cols] = float("-inf")
-        return mask.view(height * width, height * width).to(device)
+        return mask.view(height * width, height * width)
 
 
 class _PublicLayer(nn.Module):

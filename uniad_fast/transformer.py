@@ -238,7 +238,7 @@ class DecoderLayer(_Layer):
             query = x + position
             if previous is None:
                 return self.multihead_attn(query, out + position, out)[0]
-            return self.multihead_attn.attend(self.multihead_attn.project(query, 0, 1)[0], *previous)
+            return self.multihead_attn.attend(self.multihead_attn.project(query, 0, 1, self.impl)[0], *previous)
 
         tokens = self.residual(self.norm2, tokens, attend_previous)
         return self.residual(self.norm3, tokens, self.feed_forward)
@@ -250,7 +250,7 @@ class DecoderLayer(_Layer):
             embed = self.learned_embed.weight[None]
             if self.normalize_before:
                 embed = self.norm1(embed)
-            return self.self_attn.project(embed + position, 0, 1)[0]
+            return self.self_attn.project(embed + position, 0, 1, self.impl)[0]
 
         sources = [position, self.learned_embed.weight, *self.norm1.parameters(), self.self_attn.in_proj_weight]
         if self.self_attn.in_proj_bias is not None:

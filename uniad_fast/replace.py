@@ -1,0 +1,325 @@
+"""Our attention inside somebody else's model: replace_attention, restore_attention, fast_attention."""
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from .attention import Projections
+from .functional import neighbor_masked_attention, size_pair
+from .impls import check_impl
+from .lazy_weights import LazyWeights, attention_weights
+from .masks import MaskMemory, Other, Window, identify_mask
+from .neighborhood import Size, neighborhood_radius
+from .noise import draw_seed
+
+
+@dataclass
+class _Settings:
+    """What a replaced module has besides its parameters. All modules of a model share `memory`."""
+
+    window: Window | None  # the only one to serve, or None for any; its feature_size alone may be given
+    impl: str | None
+    strict: bool
+    memory: MaskMemory
+    served: list[Window] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+    def leave(self, why: str) -> None:
+        """Note, and say once, that a call takes the module's own path; under `strict`, ValueError."""
+        if self.strict:
+            raise ValueError(f"replace_attention(strict=True): {why}")
+        if why not in self.left:
+            self.left.append(why)
+            warnings.warn(f"uniad_fast leaves attention calls to nn.MultiheadAttention: {why}", stacklevel=5)
+
+
+class ReplacedAttention(nn.MultiheadAttention, Projections):  # type: ignore[misc]
+    """An `nn.MultiheadAttention` whose neighbourhood masks are served by our op.
+
+    `replace_attention` gives this class to modules that exist: their parameters, hooks and references stay.
+    """
+
+    uniad_fast: _Settings
+
+    @torch.compiler.disable  # which mask it is must be asked of the tensor itself
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Any]:
+        """As `nn.MultiheadAttention.forward`; the weights, where asked for, are computed if they are used."""
+        window = self._window(query, key, value, key_padding_mask, attn_mask, is_causal)
+        if isinstance(window, Other):
+            self.uniad_fast.leave(window.why)
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        if window not in self.uniad_fast.served:
+            self.uniad_fast.served.append(window)
+        # One tensor stays one tensor, so that what is projected together is still seen.
+        turned = {id(tensor): self._batch_first(tensor) for tensor in (query, key, value)}
+        q, k, v = (turned[id(tensor)] for tensor in (query, key, value))
+        out, weights = self._serve(q, k, v, window, need_weights, average_attn_weights, query.ndim == 2)
+        if query.ndim == 2:
+            return out[0], weights
+        return (out if self.batch_first else out.transpose(0, 1)), weights
+
+    def _batch_first(self, tensor: Tensor) -> Tensor:
+        if tensor.ndim == 2:
+            return tensor[None]
+        return tensor if self.batch_first else tensor.transpose(0, 1)
+
+    def _window(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        mask: Tensor | None,
+        is_causal: bool,
+    ) -> Window | Other:
+        """What the call's mask hides, or why the call can't be served."""
+        if key_padding_mask is not None:
+            return Other("a key_padding_mask is passed")
+        if is_causal:
+            return Other("is_causal is set")
+        if query.shape != key.shape or key.shape != value.shape or query.ndim not in (2, 3) or query.is_nested:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+            return Other(f"query, key and value are not of one shape: {shapes}")
+        tokens = query.shape[1 if self.batch_first and query.ndim == 3 else 0]
+        if mask is None:
+            return Window((1, tokens), None)
+        if mask.shape != (tokens, tokens):
+            return Other(f"the mask is {tuple(mask.shape)}, not [{tokens}, {tokens}]")
+        only = self.uniad_fast.window
+        found = self.uniad_fast.memory.identify(mask, only.feature_size if only else None)
+        if isinstance(found, Window) and only and only.neighbor_size and _reach(found) != _reach(only):
+            return Other(f"the mask is that of {found}, not of {only}, which was asked for")
+        return found
+
+    def _serve(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: Window,
+        need_weights: bool,
+        average: bool,
+        unbatched: bool,
+    ) -> tuple[Tensor, Any]:
+        settings, dropout_p = self.uniad_fast, self.dropout_p
+        q, k, v = self.project_all(query, key, value, settings.impl)
+        seed = draw_seed(query.device) if dropout_p > 0 else None
+        out = neighbor_masked_attention(
+            q, k, v, window.feature_size, window.neighbor_size, dropout_p=dropout_p, seed=seed, impl=settings.impl
+        )
+
+        def compute() -> Tensor:
+            settings.leave("the attention weights are used, so N x N of them are computed after all")
+            weights = attention_weights(q, k, window, dropout_p, seed, average)
+            return weights[0] if unbatched else weights
+
+        return self.merge_heads(out, settings.impl), LazyWeights(compute) if need_weights else None
+
+
+class _CachedMask:
+    """In place of a module's `generate_mask(feature_size, neighbor_size)`: each mask built once, on its device."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self._owner = owner
+        self._masks: dict[tuple, tuple[Tensor, int]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        build: Any = type(self._owner).generate_mask  # type: ignore[attr-defined]
+        bound = inspect.signature(build).bind(self._owner, *args, **kwargs).arguments
+        sizes = tuple(tuple(bound[name]) for name in ("feature_size", "neighbor_size"))
+        device = next((p.device for p in self._owner.parameters()), torch.device("cpu"))
+        kept = self._masks.get((sizes, device))
+        if kept and kept[0]._version == kept[1]:  # not written to by a caller
+            return kept[0]
+        with torch.inference_mode(False), torch.no_grad(), _cuda_is_where_the_model_is(device):
+            mask = build(self._owner, *args, **kwargs)
+        if not isinstance(mask, Tensor) or not isinstance(identify_mask(mask, sizes[0]), Window):
+            return mask  # of another meaning: built anew, as ever
+        mask = mask.to(device)
+        self._masks[sizes, device] = mask, mask._version
+        return mask
+
+
+@contextlib.contextmanager
+def _cuda_is_where_the_model_is(device: torch.device) -> Iterator[None]:
+    """The public code says .cuda() to its mask, which fails on a machine without."""
+    if device.type == "cuda":
+        yield
+        return
+    with mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor):
+        yield
+
+
+@dataclass
+class Row:
+    """One attention of the model: where it is, whether it is replaced, and else why not."""
+
+    path: str
+    module: nn.Module
+    why_not: str | None
+
+    def windows(self) -> str:
+        """What its calls have been so far."""
+        if not isinstance(self.module, ReplacedAttention):
+            return ""
+        settings = self.module.uniad_fast
+        return "; ".join([*map(str, settings.served), *(f"left alone: {why}" for why in settings.left)])
+
+
+class Report:
+    """What `replace_attention` did. Printed again after a forward pass, it says which windows it has served."""
+
+    def __init__(self, rows: list[Row], cached_masks: list[str]) -> None:
+        self.rows = rows
+        self.cached_masks = cached_masks
+
+    @property
+    def replaced(self) -> list[str]:
+        """Paths of the modules that are replaced."""
+        return [row.path for row in self.rows if row.why_not is None]
+
+    @property
+    def left_alone(self) -> dict[str, str]:
+        """{path: why} of the others."""
+        return {row.path: row.why_not for row in self.rows if row.why_not is not None}
+
+    def __str__(self) -> str:
+        lines = [
+            (
+                row.path or "(the model)",
+                "replaced" if row.why_not is None else "left alone",
+                row.why_not or row.windows(),
+            )
+            for row in self.rows
+        ]
+        width = max((len(path) for path, *_ in lines), default=0)
+        table = [f"{path:{width}}  {what:10}  {why}".rstrip() for path, what, why in lines]
+        table += [f"{path or '(the model)'}: its masks are built once" for path in self.cached_masks]
+        return "\n".join(table) or "no nn.MultiheadAttention in this model"
+
+
+def replace_attention(
+    model: nn.Module,
+    *,
+    feature_size: Size | None = None,
+    neighbor_size: Size | None = None,
+    impl: str | None = None,
+    strict: bool = False,
+) -> Report:
+    """Serve every `nn.MultiheadAttention` of a model by our op, wherever a call's mask is a 2D neighbourhood's.
+
+    The modules stay the objects they are: parameters, state-dict names, optimisers' references, hooks. What a call does
+    is decided by its mask: none, or one of {0, -inf} or bool that hides exactly a neighbourhood, is served; any other
+    takes the module's own path, with one warning that says why. A mask is looked at once, and remembered.
+    `generate_mask(feature_size, neighbor_size)` methods, where their masks are of that kind, build each mask once.
+
+    Args:
+        model: changed in place.
+        feature_size: (height, width) of the only grid to serve; None tries every grid of a mask's N tokens.
+        neighbor_size: the only window to serve (needs `feature_size`); None serves any.
+        impl: implementation of the op, see `uniad_fast.functional`.
+        strict: raise ValueError wherever something would be left alone.
+
+    Returns:
+        What is replaced, what is left alone, and why; prints as a table.
+
+    Raises:
+        ValueError: an argument is out of range; or under `strict`, a module can't be replaced.
+    """
+    check_impl(impl)
+    if feature_size is not None:
+        feature_size = size_pair("feature_size", feature_size)
+    if neighbor_size is not None:
+        neighbor_size = size_pair("neighbor_size", neighbor_size)
+        if feature_size is None:
+            raise ValueError(f"neighbor_size {neighbor_size} is of no use without a feature_size")
+    only = None if feature_size is None else Window(feature_size, neighbor_size)
+    memory = MaskMemory()
+    rows = [
+        Row(path, module, _why_not(module))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    ]
+    if strict and any(row.why_not for row in rows):
+        listed = "; ".join(f"{row.path}: {row.why_not}" for row in rows if row.why_not)
+        raise ValueError(f"replace_attention(strict=True): can't replace {listed}")
+    for row in rows:
+        if row.why_not is None:
+            module: Any = row.module
+            module.uniad_fast = _Settings(only, impl, strict, memory)
+            module.__class__ = ReplacedAttention
+    cached = []
+    for path, module in model.named_modules():
+        if _generates_masks(module):
+            module.__dict__["generate_mask"] = _CachedMask(module)
+            cached.append(path)
+    return Report(rows, cached)
+
+
+def restore_attention(model: nn.Module) -> None:
+    """Undo `replace_attention`: every module as it was."""
+    for module in model.modules():
+        if type(module) is ReplacedAttention:
+            del module.uniad_fast
+            setattr(module, "__class__", nn.MultiheadAttention)  # noqa: B010, mypy would take it for a mistake
+        if isinstance(module.__dict__.get("generate_mask"), _CachedMask):
+            del module.__dict__["generate_mask"]
+
+
+@contextlib.contextmanager
+def fast_attention(model: nn.Module, **options: Any) -> Iterator[Report]:
+    """`replace_attention(model, **options)` inside a with block, `restore_attention` after it."""
+    report = replace_attention(model, **options)
+    try:
+        yield report
+    finally:
+        restore_attention(model)
+
+
+def _why_not(module: nn.MultiheadAttention) -> str | None:
+    if type(module) not in (nn.MultiheadAttention, ReplacedAttention):
+        return f"it is a {type(module).__name__}, with a way of its own"
+    if module.bias_k is not None:
+        return "it has add_bias_kv"
+    if module.add_zero_attn:
+        return "it has add_zero_attn"
+    if not module._qkv_same_embed_dim:
+        return f"it has kdim {module.kdim} and vdim {module.vdim}, not embed_dim {module.embed_dim}"
+    return None
+
+
+def _generates_masks(module: nn.Module) -> bool:
+    """Whether it has the public code's method: of these names, and not put there by an instance of its own."""
+    method = getattr(type(module), "generate_mask", None)
+    if not callable(method):
+        return False
+    try:
+        return list(inspect.signature(method).parameters)[1:] == ["feature_size", "neighbor_size"]
+    except (TypeError, ValueError):
+        return False
+
+
+def _reach(window: Window) -> Size:
+    """How far the window hides, at most across the grid: an even n acts as n + 1, and larger ones are clipped."""
+    radii = zip(neighborhood_radius(window.neighbor_size), window.feature_size, strict=True)
+    row, col = (min(radius, size - 1) for radius, size in radii)
+    return row, col
