@@ -2,9 +2,11 @@
 
 import contextlib
 import inspect
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -37,7 +39,7 @@ class _Settings:
             raise ValueError(f"replace_attention(strict=True): {why}")
         if why not in self.left:
             self.left.append(why)
-            warnings.warn(f"uniad_fast leaves attention calls to nn.MultiheadAttention: {why}", stacklevel=5)
+            warnings.warn(f"uniad_fast leaves attention calls to nn.MultiheadAttention: {why}", stacklevel=6)
 
 
 class ReplacedAttention(nn.MultiheadAttention, Projections):  # type: ignore[misc]
@@ -48,7 +50,6 @@ class ReplacedAttention(nn.MultiheadAttention, Projections):  # type: ignore[mis
 
     uniad_fast: _Settings
 
-    @torch.compiler.disable  # which mask it is must be asked of the tensor itself
     def forward(
         self,
         query: Tensor,
@@ -61,6 +62,20 @@ class ReplacedAttention(nn.MultiheadAttention, Projections):  # type: ignore[mis
         is_causal: bool = False,
     ) -> tuple[Tensor, Any]:
         """As `nn.MultiheadAttention.forward`; the weights, where asked for, are computed if they are used."""
+        call = _outside_of_graphs() if "torch._dynamo" in sys.modules else ReplacedAttention._call
+        return call(self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+
+    def _call(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Any]:
         window = self._window(query, key, value, key_padding_mask, attn_mask, is_causal)
         if isinstance(window, Other):
             self.uniad_fast.leave(window.why)
@@ -215,6 +230,17 @@ class Report:
         table = [f"{path:{width}}  {what:10}  {why}".rstrip() for path, what, why in lines]
         table += [f"{path or '(the model)'}: its masks are built once" for path in self.cached_masks]
         return "\n".join(table) or "no nn.MultiheadAttention in this model"
+
+
+# Which mask it is must be asked of the tensor itself, outside of compiled graphs. The decorator torch.compiler.disable
+# would import the whole compiler with this package, so `forward` has only its mark, which ends a graph there, and what
+# it calls is decorated once there is a compiler.
+ReplacedAttention.forward._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+@cache
+def _outside_of_graphs() -> Callable[..., tuple[Tensor, Any]]:
+    return torch.compiler.disable(ReplacedAttention._call)
 
 
 def replace_attention(
