@@ -2,11 +2,9 @@
 
 import contextlib
 import inspect
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -62,20 +60,6 @@ class ReplacedAttention(nn.MultiheadAttention, Projections):  # type: ignore[mis
         is_causal: bool = False,
     ) -> tuple[Tensor, Any]:
         """As `nn.MultiheadAttention.forward`; the weights, where asked for, are computed if they are used."""
-        call = _outside_of_graphs() if "torch._dynamo" in sys.modules else ReplacedAttention._call
-        return call(self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-
-    def _call(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        need_weights: bool,
-        attn_mask: Tensor | None,
-        average_attn_weights: bool,
-        is_causal: bool,
-    ) -> tuple[Tensor, Any]:
         window = self._window(query, key, value, key_padding_mask, attn_mask, is_causal)
         if isinstance(window, Other):
             self.uniad_fast.leave(window.why)
@@ -91,6 +75,10 @@ class ReplacedAttention(nn.MultiheadAttention, Projections):  # type: ignore[mis
         if query.ndim == 2:
             return out[0], weights
         return (out if self.batch_first else out.transpose(0, 1)), weights
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _keep_out_of_graphs()
+        super().__setstate__(state)
 
     def _batch_first(self, tensor: Tensor) -> Tensor:
         if tensor.ndim == 2:
@@ -232,15 +220,13 @@ class Report:
         return "\n".join(table) or "no nn.MultiheadAttention in this model"
 
 
-# Which mask it is must be asked of the tensor itself, outside of compiled graphs. The decorator torch.compiler.disable
-# would import the whole compiler with this package, so `forward` has only its mark, which ends a graph there, and what
-# it calls is decorated once there is a compiler.
-ReplacedAttention.forward._torchdynamo_disable = True  # type: ignore[attr-defined]
+def _keep_out_of_graphs() -> None:
+    """Which mask it is must be asked of the tensor itself, outside of compiled graphs: those end at each call.
 
-
-@cache
-def _outside_of_graphs() -> Callable[..., tuple[Tensor, Any]]:
-    return torch.compiler.disable(ReplacedAttention._call)
+    Not a decorator, which would import the whole compiler with this package.
+    """
+    if not hasattr(ReplacedAttention.forward, "_torchdynamo_disable"):
+        ReplacedAttention.forward = torch.compiler.disable(ReplacedAttention.forward)  # type: ignore[method-assign]
 
 
 def replace_attention(
@@ -278,6 +264,7 @@ def replace_attention(
         neighbor_size = size_pair("neighbor_size", neighbor_size)
         if feature_size is None:
             raise ValueError(f"neighbor_size {neighbor_size} is of no use without a feature_size")
+    _keep_out_of_graphs()
     only = None if feature_size is None else Window(feature_size, neighbor_size)
     memory = MaskMemory()
     rows = [
