@@ -5,7 +5,7 @@ python bench/compile_report.py [--chip sm_90 ...] [--quick]
 
 import argparse
 
-from compiled import CHIPS, Build, Chip, Result, attention_builds, compile_for, jitter_builds
+from compiled import CHIPS, Build, Chip, Result, attention_builds, compile_for, dropout_builds, jitter_builds
 
 HEADER = (
     f"{'kernel':34} {'dtype':5} {'width':>5} {'drop':4} {'tile':>11} {'warps':>5} {'chip':7} {'regs':>4} {'spill':>5} "
@@ -35,7 +35,7 @@ def problems(build: Build, chip: Chip, result: Result) -> list[str]:
         found.append(f"{result.spills} bytes spilled, {result.local_accesses} local loads and stores")
     if result.shared > chip.shared_limit:
         found.append(f"{result.shared} bytes of shared memory, the chip has {chip.shared_limit}")
-    if build.dtype != "fp32" and not result.matrix:
+    if build.op != "dropout" and build.dtype != "fp32" and not result.matrix:
         found.append("no matrix instruction")
     return found
 
@@ -53,6 +53,7 @@ def main() -> None:
             continue
         builds = attention_builds(chip, dtypes, widths, (False, True))
         builds += jitter_builds(dtypes, (272,) if options.quick else (192, 272))
+        builds += dropout_builds(dtypes, (256,) if options.quick else (96, 256, 1024, 4096))
         for build in builds:
             result = compile_for(build, chip)
             print(row(build, chip, result), flush=True)

@@ -14,7 +14,14 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from uniad_fast.kernels import jitter_project, neighbor_masked_attention, tiles, whole_sequence_attention
+from uniad_fast.kernels import (
+    dropout,
+    jitter_project,
+    launch_dropout,
+    neighbor_masked_attention,
+    tiles,
+    whole_sequence_attention,
+)
 from uniad_fast.kernels.tiles import TileConfig
 
 
@@ -43,7 +50,7 @@ JITTER_KERNELS = {"forward_kernel": "forward", "weight_gradient_kernel": "weight
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel to compile: `op` "attention" or "jitter", its kernel, dtype, head_dim (or channels), tile, dropout."""
+    """One kernel to compile: `op` "attention", "jitter" or "dropout", its kernel, dtype, head_dim or channels, tile."""
 
     op: str
     kernel: str
@@ -97,6 +104,18 @@ def jitter_builds(dtypes: tuple[str, ...], channels: tuple[int, ...]) -> list[Bu
     ]
 
 
+def dropout_builds(dtypes: tuple[str, ...], widths: tuple[int, ...]) -> list[Build]:
+    """Every kernel of the passes between products, with dropout, for rows of these widths."""
+    kernels = ("norm_forward_kernel", "norm_backward_kernel", "dropout_forward_kernel", "dropout_backward_kernel")
+    tile = {w: (launch_dropout.rows_of_a_tile(w), 0, launch_dropout.warps_of_a_tile(w), 3) for w in widths}
+    return [
+        Build("dropout", kernel, dtype, width, True, TileConfig(*tile[width]))
+        for kernel in kernels
+        for dtype in dtypes
+        for width in widths
+    ]
+
+
 def compile_for(build: Build, chip: Chip) -> Result:
     """Compile, disassemble, count."""
     function, constants = _function_and_constants(build, chip)
@@ -144,6 +163,11 @@ def _function_and_constants(build: Build, chip: Chip) -> tuple[Any, dict[str, An
         } | ({} if tile.whole else {"SKIP": False})  # fmt: skip
         module = whole_sequence_attention if build.kernel == "whole_sequence_kernel" else neighbor_masked_attention
         return getattr(module, build.kernel), constants
+    if build.op == "dropout":
+        columns = max(16, triton.next_power_of_2(build.width))
+        constants = {"WIDTH": build.width, "BLOCK_R": tile.block_m, "BLOCK_C": columns, "DROPOUT": True, "RELU": False}
+        function = getattr(dropout, build.kernel)
+        return function, {name: constants[name] for name in (p.name for p in function.params) if name in constants}
     constants = {
         "CHANNELS": build.width, "OUT": 256, "BLOCK_T": tile.block_m, "BLOCK_O": tile.block_n, "BLOCK_C": tile.block_k,
         "BIAS": True, "SOME": False, "PRECISION": precision,
@@ -155,11 +179,11 @@ def _function_and_constants(build: Build, chip: Chip) -> tuple[Any, dict[str, An
 def _type(name: str, dtype: str) -> str:
     if name == "seed_ptr":
         return "*i64"
-    if name in ("log_sum_exp_ptr", "delta_ptr", "deviation_ptr", "part_ptr", "bias_part_ptr"):
+    if name in ("log_sum_exp_ptr", "delta_ptr", "deviation_ptr", "part_ptr", "bias_part_ptr", "stats_ptr"):
         return "*fp32"
     if name.endswith("_ptr"):
         return f"*{dtype}"
-    return "fp32" if name in ("scale", "scale_log2", "keep_scale", "scale_by_channels") else "i32"
+    return "fp32" if name in ("scale", "scale_log2", "keep_scale", "scale_by_channels", "eps") else "i32"
 
 
 def _read_nvidia(compiled: Any) -> tuple[int, int, list[tuple[int, str]]]:

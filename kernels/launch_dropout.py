@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import dropout as kernels
 
-_ELEMENTS = 2048  # of a program's tile: 16 a thread
+_ELEMENTS = 2048
 _PROGRAMS = 256
 
 
@@ -114,10 +114,21 @@ def dropout_backward(out_gradient: Tensor, out: Tensor, seed: Tensor | None, dro
     return gradient
 
 
+def rows_of_a_tile(width: int) -> int:
+    """Rows of a program's tile: 16 elements a thread where they are no wider than 2,048."""
+    return max(1, _ELEMENTS // max(16, triton.next_power_of_2(width)))
+
+
+def warps_of_a_tile(width: int) -> int:
+    """A row wider than a tile would spill from four warps' registers on Blackwell."""
+    return 4 if width <= _ELEMENTS else 8
+
+
 def _block(x: Tensor) -> dict[str, int]:
     rows, width = x.shape
     columns = max(16, triton.next_power_of_2(width))
-    return {"rows": rows, "WIDTH": width, "BLOCK_R": max(1, _ELEMENTS // columns), "BLOCK_C": columns}
+    tile = {"BLOCK_R": rows_of_a_tile(width), "BLOCK_C": columns, "num_warps": warps_of_a_tile(width)}
+    return {"rows": rows, "WIDTH": width, **tile}
 
 
 def dropout_arguments(p: float) -> dict[str, float | int]:

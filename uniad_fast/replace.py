@@ -1,12 +1,10 @@
 """Our attention inside somebody else's model: replace_attention, restore_attention, fast_attention."""
 
 import contextlib
-import inspect
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +13,8 @@ from .attention import Projections
 from .functional import neighbor_masked_attention, size_pair
 from .impls import check_impl
 from .lazy_weights import LazyWeights, attention_weights
-from .masks import MaskMemory, Other, Window, identify_mask
+from .mask_cache import CachedMask, generates_masks
+from .masks import MaskMemory, Other, Window
 from .neighborhood import Size, neighborhood_radius
 from .noise import draw_seed
 
@@ -138,40 +137,6 @@ class ReplacedAttention(nn.MultiheadAttention, Projections):  # type: ignore[mis
         return self.merge_heads(out, settings.impl), LazyWeights(compute) if need_weights else None
 
 
-class _CachedMask:
-    """In place of a module's `generate_mask(feature_size, neighbor_size)`: each mask built once, on its device."""
-
-    def __init__(self, owner: nn.Module) -> None:
-        self._owner = owner
-        self._masks: dict[tuple, tuple[Tensor, int]] = {}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        build: Any = type(self._owner).generate_mask  # type: ignore[attr-defined]
-        bound = inspect.signature(build).bind(self._owner, *args, **kwargs).arguments
-        sizes = tuple(tuple(bound[name]) for name in ("feature_size", "neighbor_size"))
-        device = next((p.device for p in self._owner.parameters()), torch.device("cpu"))
-        kept = self._masks.get((sizes, device))
-        if kept and kept[0]._version == kept[1]:  # not written to by a caller
-            return kept[0]
-        with torch.inference_mode(False), torch.no_grad(), _cuda_is_where_the_model_is(device):
-            mask = build(self._owner, *args, **kwargs)
-        if not isinstance(mask, Tensor) or not isinstance(identify_mask(mask, sizes[0]), Window):
-            return mask  # of another meaning: built anew, as ever
-        mask = mask.to(device)
-        self._masks[sizes, device] = mask, mask._version
-        return mask
-
-
-@contextlib.contextmanager
-def _cuda_is_where_the_model_is(device: torch.device) -> Iterator[None]:
-    """The public code says .cuda() to its mask, which fails on a machine without."""
-    if device.type == "cuda":
-        yield
-        return
-    with mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor):
-        yield
-
-
 @dataclass
 class Row:
     """One attention of the model: where it is, whether it is replaced, and else why not."""
@@ -282,8 +247,8 @@ def replace_attention(
             module.__class__ = ReplacedAttention
     cached = []
     for path, module in model.named_modules():
-        if _generates_masks(module):
-            module.__dict__["generate_mask"] = _CachedMask(module)
+        if generates_masks(module):
+            module.__dict__["generate_mask"] = CachedMask(module)
             cached.append(path)
     return Report(rows, cached)
 
@@ -294,7 +259,7 @@ def restore_attention(model: nn.Module) -> None:
         if type(module) is ReplacedAttention:
             del module.uniad_fast
             setattr(module, "__class__", nn.MultiheadAttention)  # noqa: B010, mypy would take it for a mistake
-        if isinstance(module.__dict__.get("generate_mask"), _CachedMask):
+        if isinstance(module.__dict__.get("generate_mask"), CachedMask):
             del module.__dict__["generate_mask"]
 
 
@@ -318,17 +283,6 @@ def _why_not(module: nn.MultiheadAttention) -> str | None:
     if not module._qkv_same_embed_dim:
         return f"it has kdim {module.kdim} and vdim {module.vdim}, not embed_dim {module.embed_dim}"
     return None
-
-
-def _generates_masks(module: nn.Module) -> bool:
-    """Whether it has the public code's method: of these names, and not put there by an instance of its own."""
-    method = getattr(type(module), "generate_mask", None)
-    if not callable(method):
-        return False
-    try:
-        return list(inspect.signature(method).parameters)[1:] == ["feature_size", "neighbor_size"]
-    except (TypeError, ValueError):
-        return False
 
 
 def _reach(window: Window) -> Size:

@@ -1,0 +1,57 @@
+"""A model's own `generate_mask`, called once for each mask instead of in every forward pass."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from .masks import Window, identify_mask
+
+
+def generates_masks(module: nn.Module) -> bool:
+    """Whether it has the public code's method: of these names, and not put there by an instance of its own."""
+    method = getattr(type(module), "generate_mask", None)
+    if not callable(method):
+        return False
+    try:
+        return list(inspect.signature(method).parameters)[1:] == ["feature_size", "neighbor_size"]
+    except (TypeError, ValueError):
+        return False
+
+
+class CachedMask:
+    """In place of a module's `generate_mask(feature_size, neighbor_size)`: each mask built once, on its device."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self._owner = owner
+        self._masks: dict[tuple, tuple[Tensor, int]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        build: Any = type(self._owner).generate_mask  # type: ignore[attr-defined]
+        bound = inspect.signature(build).bind(self._owner, *args, **kwargs).arguments
+        sizes = tuple(tuple(bound[name]) for name in ("feature_size", "neighbor_size"))
+        device = next((p.device for p in self._owner.parameters()), torch.device("cpu"))
+        kept = self._masks.get((sizes, device))
+        if kept and kept[0]._version == kept[1]:  # not written to by a caller
+            return kept[0]
+        with torch.inference_mode(False), torch.no_grad(), _cuda_is_where_the_model_is(device):
+            mask = build(self._owner, *args, **kwargs)
+        if not isinstance(mask, Tensor) or not isinstance(identify_mask(mask, sizes[0]), Window):
+            return mask  # of another meaning: built anew, as ever
+        mask = mask.to(device)
+        self._masks[sizes, device] = mask, mask._version
+        return mask
+
+
+@contextlib.contextmanager
+def _cuda_is_where_the_model_is(device: torch.device) -> Iterator[None]:
+    """The public code says .cuda() to its mask, which fails on a machine without."""
+    if device.type == "cuda":
+        yield
+        return
+    with mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor):
+        yield
