@@ -70,7 +70,7 @@ def model_works(case: ModelCase, training: bool) -> dict[str, Work]:
     for dtype in DTYPES.values():
         for way in WAYS:
             model = build(case, way, CPU).train(training)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=way != "public")
 
             def work(model=model, optimizer=optimizer, dtype=dtype) -> None:
                 with torch.set_grad_enabled(training), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):

@@ -12,19 +12,8 @@ PACKAGE = ROOT / "uniad_fast"
 # A file may import from its own layer's earlier files and from lower layers, never from a higher one.
 LAYERS = [
     {"noise", "neighborhood", "files", "kept", "progress", "images", "metrics", "recipes", "initialize", "registered"},
-    {
-        "impls",
-        "reference",
-        "stock",
-        "autograd",
-        "masks",
-        "lazy_weights",
-        "weights",
-        "data",
-        "heatmap",
-        "position",
-        "bundle",
-    },
+    {"impls", "reference", "stock", "autograd", "masks", "lazy_weights", "mask_cache"},
+    {"weights", "data", "heatmap", "position", "bundle"},
     {"functional", "linear"},
     {"attention", "backbone", "testing"},
     {"transformer", "features"},
