@@ -11,7 +11,6 @@ its products at that rate.
 
 import argparse
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import torch
 from bench_model import build, feature
 from bench_neighbor_masked_attention import attention, inputs
 from cases import ATTENTION, LARGE, MODEL, AttentionCase, ModelCase
+from peak import extra_bytes
 from torch import nn
 
 WAYS = ("public", "torch", "cpu")
@@ -117,11 +117,11 @@ def print_memory(name: str, way: str, threads: int) -> None:
     torch.set_num_threads(threads)
     case = next(case for case in (*ATTENTION, *LARGE) if case.name == name)
     small = replace(case, feature_size=(4, 4), neighbor_size=(1, 1))
-    for each in (small, case):
+    for each in (small, case):  # the small one brings in what is loaded once
         run, tensors = attention(way, each, 0.1), inputs(each, CPU, torch.float32, grad=True)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        torch.autograd.grad(run(*tensors), tensors, torch.ones_like(tensors[0]))
-    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+        weight = torch.ones_like(tensors[0])
+        extra = extra_bytes(lambda: torch.autograd.grad(run(*tensors), tensors, weight))  # noqa: B023
+    print(extra)
 
 
 def main() -> None:

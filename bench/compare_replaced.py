@@ -6,7 +6,6 @@ The public encoder-decoder at 14 x 14, and one attention of 3 heads on a grid of
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import torch
 from bench_model import build, feature
 from cases import MODEL
 from compare import CPU, Work, interleaved, show
+from peak import extra_bytes
 from torch import nn
 
 from uniad_fast import replace_attention
@@ -63,15 +63,16 @@ def print_large_grid(way: str, threads: int, side: int) -> None:
     model = LargeGrid((side, side))
     if way == "cpu":
         replace_attention(model, impl="cpu")
-    small = LargeGrid((4, 4))
-    small(torch.randn(16, 1, 96)).sum().backward()
     tokens = torch.randn(side * side, 1, 96)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(2):
-        start = time.perf_counter()
+
+    def step() -> None:
         model(tokens).sum().backward()
-        seconds = time.perf_counter() - start
-    print(seconds, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+    step()  # what is loaded once
+    peak = extra_bytes(step)
+    start = time.perf_counter()
+    step()
+    print(time.perf_counter() - start, peak)
 
 
 def main() -> None:
