@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .build import load, problem
+from .layout import like_tokens_first, unit_last_stride
 
 __all__ = [
     "attention_backward",
@@ -74,10 +75,10 @@ def attention_forward(
     query [B or 1, H, N, D], key and value [B, H, N, D].
     """
     batch, heads, tokens, _ = key.shape
-    out = _like_tokens_first(key)
+    out = like_tokens_first(key)
     log_sum_exp = torch.empty(batch * heads, tokens, dtype=torch.float32)
     if out.numel() > 0:
-        query, key, value = (_unit_last_stride(t) for t in (query.expand_as(key), key, value))
+        query, key, value = (unit_last_stride(t) for t in (query.expand_as(key), key, value))
         load().uniad_attention_forward(
             _DTYPES[key.dtype],
             _attention(key, seed, height, width, radius_row, radius_col, dropout_p, scale),
@@ -105,7 +106,7 @@ def attention_backward(
     """Gradients of query, key and value. A query of batch 1 gets one part an element of the batch, summed here."""
     batch, heads, tokens, head_dim = key.shape
     broadcast = query.shape[0] != batch
-    query_gradient, key_gradient, value_gradient = (_like_tokens_first(key) for _ in range(3))
+    query_gradient, key_gradient, value_gradient = (like_tokens_first(key) for _ in range(3))
     if key.numel() == 0:
         return (query_gradient.new_zeros(query.shape) if broadcast else query_gradient), key_gradient, value_gradient
     library = load()
@@ -113,7 +114,7 @@ def attention_backward(
     # Parts are summed in float32, in torch's fixed order.
     parts = torch.empty(splits, batch, heads, tokens, head_dim) if broadcast or splits > 1 else None
     out_gradient, full_query, key, value = (
-        _unit_last_stride(t) for t in (out_gradient, query.expand_as(key), key, value)
+        unit_last_stride(t) for t in (out_gradient, query.expand_as(key), key, value)
     )
     inputs = (full_query, key, value, out, out_gradient)
     gradients = (query_gradient, key_gradient, value_gradient)
@@ -278,13 +279,3 @@ def _strides(*tensors: Tensor) -> ctypes.Array:
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
     return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
-
-
-def _like_tokens_first(key: Tensor) -> Tensor:
-    """Empty [B, H, N, D] laid out as [B, N, H, D]: merging the heads for the output projection is then a view."""
-    batch, heads, tokens, head_dim = key.shape
-    return key.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
-
-
-def _unit_last_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

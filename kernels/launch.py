@@ -16,6 +16,7 @@ from .launch_dropout import (
     norm_forward,
     on,
 )
+from .layout import like_tokens_first, unit_last_stride
 from .tiles import JITTER, TileConfig, attention_tile, dot_precision, skipping_pays, whole_sequence_tile
 from .whole_sequence_attention import whole_sequence_kernel
 
@@ -55,7 +56,7 @@ def attention_forward(
     query [B or 1, H, N, D], key and value [B, H, N, D].
     """
     batch, heads, tokens, head_dim = key.shape
-    out = _like_tokens_first(key)
+    out = like_tokens_first(key)
     log_sum_exp = torch.empty(batch * heads, tokens, dtype=torch.float32, device=key.device)
     if out.numel() == 0:
         return out, log_sum_exp
@@ -64,7 +65,7 @@ def attention_forward(
         or whole_sequence_tile(tokens, key.element_size(), head_dim, _is_blackwell(key.device))
         or attention_tile("forward_kernel", key.element_size(), head_dim)
     )
-    query, key, value = (_unit_last_stride(t) for t in (query, key, value))
+    query, key, value = (unit_last_stride(t) for t in (query, key, value))
     geometry = _geometry(height, width, radius_row, radius_col, head_dim, tile, transposed=False)
     kernel, programs = attention.forward_kernel, batch * heads * triton.cdiv(tokens, tile.block_m)
     if tile.whole:
@@ -107,15 +108,15 @@ def attention_backward(
     """Gradients of query, key and value. A query of batch 1 gets one part an element of the batch, summed here."""
     batch, heads, tokens, head_dim = key.shape
     broadcast = query.shape[0] != batch
-    key_gradient, value_gradient = _like_tokens_first(key), _like_tokens_first(key)
+    key_gradient, value_gradient = like_tokens_first(key), like_tokens_first(key)
     # Parts are summed in float32, in torch's fixed order.
-    query_gradient = _like_tokens_first(key, torch.float32 if broadcast else key.dtype)
+    query_gradient = like_tokens_first(key, torch.float32 if broadcast else key.dtype)
     if key.numel() > 0:
         query_tile = tile or attention_tile("query_gradient_kernel", key.element_size(), head_dim)
         key_tile = tile or attention_tile("key_value_gradient_kernel", key.element_size(), head_dim)
         delta = torch.empty_like(log_sum_exp)
         tensors = {"query": query, "key": key, "value": value, "out": out, "out_gradient": out_gradient}
-        tensors = {name: _unit_last_stride(t) for name, t in tensors.items()}
+        tensors = {name: unit_last_stride(t) for name, t in tensors.items()}
         shared = {
             "log_sum_exp_ptr": log_sum_exp,
             "delta_ptr": delta,
@@ -266,17 +267,6 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
         for name, tensor in tensors.items()
         for dim, axis in enumerate(("b", "h", "n"))
     }
-
-
-def _like_tokens_first(key: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Empty [B, H, N, D] laid out as [B, N, H, D]: merging the heads for the output projection is then a view."""
-    batch, heads, tokens, head_dim = key.shape
-    storage = torch.empty(batch, tokens, heads, head_dim, dtype=dtype or key.dtype, device=key.device)
-    return storage.transpose(1, 2)
-
-
-def _unit_last_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _is_blackwell(device: torch.device) -> bool:

@@ -172,7 +172,14 @@ def test_demo(tmp_path, cache):
 
 def test_doctor():
     output = call("doctor")
-    for part in ("torch ", "impl reference: runs, agrees", "impl torch: runs, agrees", "extra [demo]:", "cpu: "):
+    for part in (
+        "torch ",
+        "impl reference: runs, agrees",
+        "impl torch: runs, agrees",
+        "impl cpu: runs, agrees",
+        "extra [demo]:",
+        "cpu: ",
+    ):
         assert part in output
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from uniad_fast.kernels import build, cpu
 
-from uniad_fast import impls, jitter_project, neighbor_masked_attention
+from uniad_fast import UniAD, impls, jitter_project, neighbor_masked_attention
 from uniad_fast.functional import dropout, dropout_add_norm
 from uniad_fast.testing import assert_within_budget
 
@@ -69,6 +69,26 @@ def test_every_instruction_set_within_budget(path, dtype, monkeypatch):
 
 def test_the_processors_own_path_is_among_those_tested():
     assert build.paths() and build.load() is build.load()
+
+
+@pytest.mark.parametrize("normalize_before", [False, True])
+def test_a_training_step_of_uniad_is_the_references(normalize_before):
+    """The paper's grid, dropout 0.1 and jitter on, from one torch.manual_seed: loss and every parameter's gradient."""
+    options = dict(
+        inplanes=[24], instrides=[16], feature_size=(14, 14), feature_jitter={"scale": 20.0, "prob": 1.0},
+        neighbor_mask={"neighbor_size": (7, 7), "mask": [True] * 3}, hidden_dim=32, pos_embed_type="learned",
+        save_recon=None, initializer={"method": "xavier_uniform"}, nhead=2, num_encoder_layers=2,
+        num_decoder_layers=2, dim_feedforward=64, dropout=0.1, normalize_before=normalize_before,
+    )  # fmt: skip
+    ours, definition = (UniAD(**options, impl=impl) for impl in ("cpu", "reference"))
+    definition.load_state_dict(ours.state_dict())
+    x, results = torch.randn(3, 24, 14, 14), []
+    for model in (ours, definition):
+        torch.manual_seed(7)
+        loss = torch.nn.functional.mse_loss(model({"feature_align": x})["feature_rec"], x)
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for name, mine, other in zip(("loss", *dict(ours.named_parameters())), *results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5 + 1e-4 * other.abs().max().item(), msg=name)
 
 
 @pytest.fixture

@@ -1,0 +1,16 @@
+"""How the launchers lay out what they allocate, and what they take by stride."""
+
+import torch
+from torch import Tensor
+
+
+def like_tokens_first(key: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Empty [B, H, N, D] laid out as [B, N, H, D]: merging the heads for the output projection is then a view."""
+    batch, heads, tokens, head_dim = key.shape
+    storage = torch.empty(batch, tokens, heads, head_dim, dtype=dtype or key.dtype, device=key.device)
+    return storage.transpose(1, 2)
+
+
+def unit_last_stride(tensor: Tensor) -> Tensor:
+    """The tensor, copied only where neighbouring channels are not neighbours in memory."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
