@@ -75,7 +75,7 @@ def identify_mask(mask: Tensor, feature_size: Size | None = None) -> Window | Ot
         hidden = mask
     elif mask.is_floating_point():
         hidden = mask == float("-inf")
-        if not torch.equal(mask.masked_fill(hidden, 0.0), torch.zeros_like(mask)):
+        if not (hidden | (mask == 0)).all():
             return Other("the mask has values besides 0 and -inf")
     else:
         return Other(f"the mask is {mask.dtype}, neither bool nor floating")

@@ -31,13 +31,13 @@ def has_query_without_key(feature_size: Size, neighbor_size: Size | None) -> boo
 
 def hidden_keys(feature_size: Size, neighbor_size: Size | None, device: torch.device) -> Tensor:
     """The mask itself: bool [N, N] for N = height * width, True where query (row) i must not see key (col) j."""
-    height, width = feature_size
-    radius_row, radius_col = neighborhood_radius(neighbor_size)
-    token = torch.arange(height * width, device=device)
-    row, col = token // width, token % width
-    near_row = (row[:, None] - row).abs() <= radius_row
-    near_col = (col[:, None] - col).abs() <= radius_col
-    return near_row & near_col
+    near = []
+    for size, radius in zip(feature_size, neighborhood_radius(neighbor_size), strict=True):
+        position = torch.arange(size, device=device)
+        near.append((position[:, None] - position).abs() <= radius)
+    near_row, near_col = near
+    tokens = feature_size[0] * feature_size[1]
+    return (near_row[:, None, :, None] & near_col[None, :, None, :]).reshape(tokens, tokens)
 
 
 @lru_cache(maxsize=8)
