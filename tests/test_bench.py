@@ -10,10 +10,14 @@ BENCH = Path(__file__).parents[1] / "bench"
 
 
 @pytest.mark.parametrize(
-    ("script", "expected"), [("compare.py", "x public, float32"), ("compare_replaced.py", "MB more")]
+    ("command", "expected"),
+    [
+        ("compare.py --smoke --only 14x14", "x public, float32"),
+        ("compare_replaced.py --smoke", "MB more"),
+        ("profile_step.py --steps 1 --smoke", "attention, backward"),
+    ],
 )
-def test_comparisons_run(script, expected):
-    command = [sys.executable, script, "--smoke", *(["--only", "14x14"] if script == "compare.py" else [])]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=BENCH)
+def test_comparisons_run(command, expected):
+    result = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, cwd=BENCH)
     assert result.returncode == 0, result.stderr
     assert expected in result.stdout, result.stdout
