@@ -144,3 +144,7 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+PAYS = "avx2" in paths()
+"""Whether the kernels are the fastest way here: with vectors of four, PyTorch's forward pass is twice as fast."""

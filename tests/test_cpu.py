@@ -203,6 +203,11 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path):
     assert not list((tmp_path / "cache/uniad_fast").iterdir())
 
 
+def test_a_processor_without_wide_vectors_is_better_off_with_torch(monkeypatch):
+    monkeypatch.setattr(build, "PAYS", False)
+    assert impls.choose_impl(None, torch.ones(1)) == "torch" and impls.choose_impl("cpu", torch.ones(1)) == "cpu"
+
+
 def test_the_default_on_a_cpu():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -30,7 +30,7 @@ def choose_impl(impl: str | None, tensor: Tensor, problem: str | None = None) ->
         return impl
     best = {"cuda": "triton", "cpu": "cpu"}.get(tensor.device.type)
     # float64 is asked for its digits, and the kernels have none of them: nothing to be told about.
-    if best is None or tensor.dtype == torch.float64:
+    if best is None or tensor.dtype == torch.float64 or (best == "cpu" and not registered.cpu_pays()):
         return "torch"
     problem = kernel_problem(best, tensor) or problem
     if problem is None:

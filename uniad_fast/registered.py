@@ -18,6 +18,13 @@ def launch(impl: str) -> ModuleType:
     return launch
 
 
+def cpu_pays() -> bool:
+    """Whether the C++ kernels are the fastest way on this processor."""
+    from .kernels import build
+
+    return build.PAYS
+
+
 @torch.library.custom_op("uniad_fast::attention_forward", mutates_args=())
 def attention_forward(
     query: Tensor,
