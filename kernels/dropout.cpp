@@ -8,6 +8,7 @@
 
 #include "philox.h"
 #include "scratch.h"
+#include "storage.h"
 
 namespace uniad {
 namespace {
@@ -79,7 +80,8 @@ void norm_forward(
       for (int64_t c = 0; c < p.width; c += LANES) {
         const int64_t left = p.width - c;
         const vfloat normed = (load<vfloat>(sums + c) - mean) * rstd;
-        narrow_vector(normed * widen_vector(weight + c, left) + widen_vector(bias + c, left), out + row * p.width + c, left);
+        const vfloat scaled = normed * widen_vector(weight + c, left) + widen_vector(bias + c, left);
+        narrow_vector(scaled, out + row * p.width + c, left);
       }
     }
   });
@@ -121,7 +123,10 @@ void norm_backward(
         if (x_gradient) narrow_vector(dropped(p, keep, c, d), x_gradient + row * p.width + c, left);
       }
     }
-    for (int i = 0; i < 2; i++) std::copy(totals + i * padded, totals + i * padded + p.width, parts + (2 * split + i) * p.width);
+    for (int i = 0; i < 2; i++) {
+      const float* total = totals + i * padded;
+      std::copy(total, total + p.width, parts + (2 * split + i) * p.width);
+    }
   });
 }
 
@@ -150,8 +155,10 @@ template <class T> void backward(const Problem& p, bool relu, const T* out_gradi
       for (int64_t c = 0; c < p.width; c += LANES) {
         const int64_t left = p.width - c, at = row * p.width + c;
         const vfloat g = widen_vector(out_gradient + at, left);
-        const vfloat d = relu ? (widen_vector(out + at, left) > 0.f ? g * p.keep_scale : vfloat{}) : dropped(p, keep, c, g);
-        narrow_vector(d, gradient + at, left);
+        if (relu)
+          narrow_vector(widen_vector(out + at, left) > 0.f ? g * p.keep_scale : vfloat{}, gradient + at, left);
+        else
+          narrow_vector(dropped(p, keep, c, g), gradient + at, left);
       }
     }
   });

@@ -1,4 +1,4 @@
-// Jitter and project on a CPU: a task draws the noise of its tokens, adds it, and multiplies, without leaving the cache.
+// Jitter and project on a CPU: a task draws the noise of its tokens, adds it and multiplies, all in the cache.
 //
 //     noisy = token + scale / C * ||token|| * normal, where the token is jittered;  out = noisy W^T + bias
 //

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "simd.h"
+#include "storage.h"
 
 namespace uniad {
 
@@ -11,7 +11,8 @@ constexpr int GROUP = 2 * LANES;  // tokens whose results are computed together,
 
 // `count` rows of `dim` elements as words [padded][width / PAIR], zeros beyond them.
 template <class Mode, class T>
-inline void pack_rows(const T* in, int64_t stride, int64_t count, int64_t padded, int64_t dim, int64_t width, uint32_t* out) {
+inline void pack_rows(
+    const T* in, int64_t stride, int64_t count, int64_t padded, int64_t dim, int64_t width, uint32_t* out) {
   constexpr int64_t AHEAD = 16;  // rows of a head lie far apart, where no hardware prefetcher looks
   for (int64_t t = 0; t < padded; t++, out += width / Mode::PAIR) {
     if (t + AHEAD < count) __builtin_prefetch(in + (t + AHEAD) * stride);

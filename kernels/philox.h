@@ -69,18 +69,17 @@ INLINE mask_t at_least(vword a, uint32_t threshold) {
 #endif
 }
 
-// Stream KEEP for LANES rows from `row` on and the 64 columns of `block`: keep[col * stride] has a bit a row, set where
-// the element is kept.
-INLINE void keep_rows(
-    Key key, uint32_t plane, uint32_t row, uint32_t block, uint32_t threshold, uint16_t* keep, int64_t stride) {
+// Stream KEEP for LANES rows from `row` on and the 64 columns of `block`: keep[col] has a bit a row, set where the
+// element is kept.
+INLINE void keep_rows(Key key, uint32_t plane, uint32_t row, uint32_t block, uint32_t threshold, uint16_t* keep) {
   const vword rows = lane_numbers() + row;
   for (uint32_t c = 0; c < 8; c++) {
     vword w[4] = {splat_word(8 * block + c), rows, splat_word(plane), splat_word(KEEP)};
     philox(w[0], w[1], w[2], w[3], key);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++) {
-      keep[(16 * k + c) * stride] = (uint16_t)at_least(w[k] & 0xffff, threshold);
-      keep[(16 * k + 8 + c) * stride] = (uint16_t)at_least(w[k] >> 16, threshold);
+      keep[16 * k + c] = (uint16_t)at_least(w[k] & 0xffff, threshold);
+      keep[16 * k + 8 + c] = (uint16_t)at_least(w[k] >> 16, threshold);
     }
   }
 }

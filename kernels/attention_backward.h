@@ -1,0 +1,248 @@
+// Backward pass of the attention: a task owns keys of one head and walks over all queries, a group at a time.
+#pragma once
+
+#include "attention_common.h"
+
+namespace uniad {
+namespace {
+
+template <class Mode, class T> struct Backward {
+  const Problem& p;
+  const T *query, *key, *value, *out, *out_gradient;
+  const float* log_sum_exp;
+  T *query_gradient, *key_gradient, *value_gradient;
+  float* query_parts;  // [splits][batch * heads][tokens][head_dim], or null: one split writes query_gradient
+  Strides query_strides, key_strides, value_strides, out_strides, out_gradient_strides;
+  Strides query_gradient_strides, key_gradient_strides, value_gradient_strides;
+
+  // What one group of queries brings: its tokens as words, and a number a lane.
+  struct Group {
+    uint32_t *query_lanes, *gradient_lanes;  // [words][GROUP]
+    float *log_sums, *delta;                 // [GROUP]
+  };
+
+  // Keys [first, last) of one head, and their part of the gradient of every query.
+  void task(int64_t plane, int64_t split, int64_t first, int64_t last) const {
+    const int64_t width = p.lanes_dim(), words = width / Mode::PAIR, tokens = p.tokens();
+    const int64_t chunk = std::min(KEYS, round_up(last - first, 64));
+    Scratch scratch;
+    uint32_t* rows = scratch.take<uint32_t>(chunk * words);
+    uint32_t* key_lanes = scratch.take<uint32_t>(words * chunk);
+    uint32_t* value_lanes = scratch.take<uint32_t>(words * chunk);
+    uint32_t* key_pairs = scratch.take<uint32_t>(chunk / Mode::PAIR * width);
+    float* key_sums = scratch.take<float>(chunk * width);
+    float* value_sums = scratch.take<float>(chunk * width);
+    uint32_t* query_rows = scratch.take<uint32_t>(GROUP * words);
+    uint32_t* gradient_rows = scratch.take<uint32_t>(GROUP * words);
+    uint32_t* query_pairs = scratch.take<uint32_t>(QUERIES / Mode::PAIR * width);
+    uint32_t* gradient_pairs = scratch.take<uint32_t>(QUERIES / Mode::PAIR * width);
+    uint32_t* weights = scratch.take<uint32_t>(chunk * QUERIES / Mode::PAIR);     // [keys][QUERIES]
+    uint32_t* differences = scratch.take<uint32_t>(chunk * QUERIES / Mode::PAIR);  // the same
+    uint32_t* pairs = scratch.take<uint32_t>(chunk / Mode::PAIR * GROUP);          // differences, [keys / PAIR][GROUP]
+    float* columns = scratch.take<float>(p.rows_dim() * GROUP);
+    float* query_sums = last - first > chunk ? scratch.take<float>(tokens * p.head_dim) : nullptr;
+    Group group{scratch.take<uint32_t>(words * GROUP), scratch.take<uint32_t>(words * GROUP),
+                scratch.take<float>(GROUP), scratch.take<float>(GROUP)};
+    GroupMasks masks(scratch, p);
+
+    for (int64_t begin = first; begin < last; begin += chunk) {
+      const int64_t end = std::min(begin + chunk, last), keys = round_up(end - begin, TAIL);
+      const int64_t padded = round_up(keys, LANES);
+      pack_rows<Mode>(plane_start(value, value_strides, plane, p.heads) + begin * value_strides.token,
+                      value_strides.token, end - begin, padded, p.head_dim, width, rows);
+      transpose_rows(rows, padded, words, value_lanes, chunk);
+      pack_rows<Mode>(plane_start(key, key_strides, plane, p.heads) + begin * key_strides.token, key_strides.token,
+                      end - begin, padded, p.head_dim, width, rows);
+      transpose_rows(rows, padded, words, key_lanes, chunk);
+      pair_rows<Mode>(rows, keys, width, key_pairs);
+      for (int64_t q0 = 0; q0 < tokens; q0 += QUERIES) {
+        const int64_t q1 = std::min(q0 + QUERIES, tokens);
+        for (int64_t q = q0; q < q1; q += GROUP) {
+          const int64_t count = std::min<int64_t>(GROUP, q1 - q), at = (q - q0) / Mode::PAIR;
+          load_group(plane, q, count, group, query_rows, gradient_rows);
+          pair_rows<Mode>(query_rows, GROUP, width, query_pairs + at * width);
+          pair_rows<Mode>(gradient_rows, GROUP, width, gradient_pairs + at * width);
+          const int vectors = count > LANES ? 2 : 1;
+          masks.start_group(p, q);
+          masks.start_chunk(p, plane, q, vectors, begin, end);
+          // Single words of a row are words of a pair already.
+          uint32_t* group_pairs = Mode::PAIR == 1 ? differences + (q - q0) : pairs;
+          const int64_t pair_stride = Mode::PAIR == 1 ? QUERIES : GROUP;
+          if (vectors == 2) {
+            add_group<2>(key_lanes, value_lanes, chunk, keys, group, masks, weights + at, differences + at, pairs);
+            query_product<2>(key_pairs, keys, group_pairs, pair_stride, columns);
+          } else {
+            add_group<1>(key_lanes, value_lanes, chunk, keys, group, masks, weights + at, differences + at, pairs);
+            query_product<1>(key_pairs, keys, group_pairs, pair_stride, columns);
+          }
+          store_query(plane, split, q, count, columns, begin == first, end == last, query_sums);
+        }
+        const int64_t summed = round_up(q1 - q0, LANES) / Mode::PAIR;
+        key_product(weights, gradient_pairs, keys, summed, q0 == 0, value_sums);
+        key_product(differences, query_pairs, keys, summed, q0 == 0, key_sums);
+      }
+      store_rows(key_sums, end - begin, p.scale, plane_start(key_gradient, key_gradient_strides, plane, p.heads),
+                 begin, key_gradient_strides.token);
+      store_rows(value_sums, end - begin, p.keep_scale,
+                 plane_start(value_gradient, value_gradient_strides, plane, p.heads), begin,
+                 value_gradient_strides.token);
+    }
+  }
+
+  void load_group(
+      int64_t plane, int64_t q, int64_t count, const Group& group, uint32_t* query_rows,
+      uint32_t* gradient_rows) const {
+    const int64_t width = p.lanes_dim(), words = width / Mode::PAIR;
+    const T* gradient =
+        plane_start(out_gradient, out_gradient_strides, plane, p.heads) + q * out_gradient_strides.token;
+    const T* output = plane_start(out, out_strides, plane, p.heads) + q * out_strides.token;
+    T* target = plane_start(query_gradient, query_gradient_strides, plane, p.heads) + q * query_gradient_strides.token;
+    prefetch_rows<0>(gradient, out_gradient_strides.token, count);
+    prefetch_rows<0>(output, out_strides.token, count);
+    prefetch_rows<1>(target, query_gradient_strides.token, count);
+    pack_rows<Mode>(plane_start(query, query_strides, plane, p.heads) + q * query_strides.token, query_strides.token,
+                    count, GROUP, p.head_dim, width, query_rows);
+    pack_rows<Mode>(gradient, out_gradient_strides.token, count, GROUP, p.head_dim, width, gradient_rows);
+    transpose_rows(query_rows, GROUP, words, group.query_lanes, GROUP);
+    transpose_rows(gradient_rows, GROUP, words, group.gradient_lanes, GROUP);
+    for (int l = 0; l < GROUP; l++) {
+      vfloat sum{};
+      for (int64_t d = 0; l < count && d < p.head_dim; d += LANES)
+        sum += widen_vector(output + l * out_strides.token + d, p.head_dim - d) *
+               widen_vector(gradient + l * out_gradient_strides.token + d, p.head_dim - d);
+      group.delta[l] = sum_lanes(sum);
+      group.log_sums[l] = l < count ? log_sum_exp[plane * p.tokens() + q + l] : INF;
+    }
+  }
+
+  // Weights after dropout (not yet divided by 1 - p) and gradients of the scores, of all keys for one group.
+  template <int V>
+  void add_group(
+      const uint32_t* key_lanes, const uint32_t* value_lanes, int64_t key_stride, int64_t keys, const Group& group,
+      const GroupMasks& masks, uint32_t* weights, uint32_t* differences, uint32_t* pairs) const {
+    const int64_t dim_words = (p.head_dim + Mode::PAIR - 1) / Mode::PAIR;
+    constexpr int64_t STRIDE = QUERIES / Mode::PAIR;
+    const bool dropout = p.keep_threshold != 0;
+    vfloat log_sums[V], delta[V];
+    for (int v = 0; v < V; v++) {
+      log_sums[v] = load<vfloat>(group.log_sums + v * LANES);
+      delta[v] = load<vfloat>(group.delta + v * LANES);
+    }
+    over_rows(keys, [&](int64_t j, auto rows) {
+      constexpr int R = rows;
+      vfloat weight[R][V] = {}, gradient[R][V] = {};
+      if (!all_hidden(masks.hidden + j, R)) {
+        multiply<Mode, 1>(key_lanes + j, key_stride, group.query_lanes, GROUP, dim_words, weight);
+        vfloat spill[R][V];
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+          for (int v = 0; v < V; v++) {
+            const vfloat x = exp2<Mode::EXP_DEGREE>(weight[r][v] * p.scale_log2 - log_sums[v]);
+            spill[r][v] = select(masks.hidden[j + r] >> v * LANES, vfloat{}, x);
+          }
+        multiply<Mode, 1>(value_lanes + j, key_stride, group.gradient_lanes, GROUP, dim_words, gradient);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+          for (int v = 0; v < V; v++) {
+            weight[r][v] = spill[r][v];
+            if (dropout) {
+              const mask_t keep = masks.keep[v][j + r];
+              const vfloat kept = select(keep, gradient[r][v], vfloat{});
+              gradient[r][v] = spill[r][v] * (kept * p.keep_scale - delta[v]);
+              weight[r][v] = select(keep, spill[r][v], vfloat{});
+            } else {
+              gradient[r][v] = spill[r][v] * (gradient[r][v] - delta[v]);
+            }
+          }
+      }
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) {
+          if constexpr (Mode::PAIR == 1) {
+            store(weights + (j + r) * STRIDE + v * LANES, weight[r][v]);
+            store(differences + (j + r) * STRIDE + v * LANES, gradient[r][v]);
+          } else {
+            narrow_vector(weight[r][v], (bf16*)(weights + (j + r) * STRIDE) + v * LANES);
+            narrow_vector(gradient[r][v], (bf16*)(differences + (j + r) * STRIDE) + v * LANES);
+            if (r % 2 == 1)
+              store(pairs + (j + r) / 2 * GROUP + v * LANES, pair_lanes<Mode>(gradient[r - 1][v], gradient[r][v]));
+          }
+        }
+    });
+  }
+
+  // columns [rows_dim][GROUP]: the group's gradient of the scores times the keys.
+  template <int V>
+  void query_product(
+      const uint32_t* key_pairs, int64_t keys, const uint32_t* pairs, int64_t stride, float* columns) const {
+    over_rows(p.rows_dim(), [&](int64_t d, auto rows) {
+      constexpr int R = rows;
+      vfloat sum[R][V] = {};
+      multiply<Mode, 1>(key_pairs + d, p.lanes_dim(), pairs, stride, keys / Mode::PAIR, sum);
+      for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) store(columns + (d + r) * GROUP + v * LANES, sum[r][v]);
+    });
+  }
+
+  // sums [keys][lanes_dim] (+)= rows of words [keys][QUERIES] times pairs [queries / PAIR][lanes_dim].
+  void key_product(
+      const uint32_t* rows_of_words, const uint32_t* pairs, int64_t keys, int64_t summed, bool is_first,
+      float* sums) const {
+    const int64_t width = p.lanes_dim();
+    for (int64_t d = 0; d < width; d += GROUP)
+      over_rows(keys, [&](int64_t j, auto rows) {
+        constexpr int R = rows;
+        vfloat sum[R][2] = {};
+        float* target = sums + j * width + d;
+        if (!is_first)
+          for (int r = 0; r < R; r++)
+            for (int v = 0; v < 2; v++) sum[r][v] = load<vfloat>(target + r * width + v * LANES);
+        constexpr int STRIDE = QUERIES / Mode::PAIR;
+        multiply<Mode, STRIDE>(rows_of_words + j * STRIDE, 1, pairs + d, width, summed, sum);
+        for (int r = 0; r < R; r++)
+          for (int v = 0; v < 2; v++) store(target + r * width + v * LANES, sum[r][v]);
+      });
+  }
+
+  void store_rows(const float* sums, int64_t count, float factor, T* target, int64_t begin, int64_t stride) const {
+    for (int64_t t = 0; t < count; t++)
+      for (int64_t d = 0; d < p.head_dim; d += LANES)
+        narrow_vector(load<vfloat>(sums + t * p.lanes_dim() + d) * factor, target + (begin + t) * stride + d,
+                      p.head_dim - d);
+  }
+
+  // Adds one chunk's part of a group's gradient to `sums` (where there are several), and writes it with the last.
+  void store_query(
+      int64_t plane, int64_t split, int64_t q, int64_t count, const float* columns, bool is_first, bool is_last,
+      float* sums) const {
+    const int64_t tokens = p.tokens();
+    float block[LANES * LANES], turned[LANES * LANES];
+    T* target = plane_start(query_gradient, query_gradient_strides, plane, p.heads);
+    float* part = query_parts ? query_parts + (split * p.batch * p.heads + plane) * tokens * p.head_dim : nullptr;
+    for (int64_t d = 0; d < p.head_dim; d += LANES) {
+      const int64_t left = p.head_dim - d;
+      for (int v = 0; v * LANES < count; v++) {
+        for (int i = 0; i < LANES; i++)
+          store(block + i * LANES, i < left ? load<vfloat>(columns + (d + i) * GROUP + v * LANES) : vfloat{});
+        transpose((uint32_t*)block, LANES, (uint32_t*)turned, LANES);
+        for (int64_t l = 0; l < std::min<int64_t>(LANES, count - v * LANES); l++) {
+          const int64_t token = q + v * LANES + l;
+          vfloat sum = load<vfloat>(turned + l * LANES);
+          if (sums && !is_first) sum += widen_vector(sums + token * p.head_dim + d, left);
+          if (!is_last)
+            narrow_vector(sum, sums + token * p.head_dim + d, left);
+          else if (part)
+            narrow_vector(sum * p.scale, part + token * p.head_dim + d, left);
+          else
+            narrow_vector(sum * p.scale, target + token * query_gradient_strides.token + d, left);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace uniad
