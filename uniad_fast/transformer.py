@@ -5,6 +5,7 @@ names are the public code's, so that its state dicts load.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -105,6 +106,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = norm
+        self._key_weights, self._value_weights = Kept(), Kept()
+
+    def train(self, mode: bool = True) -> "Decoder":
+        self._key_weights.clear()
+        self._value_weights.clear()
+        return super().train(mode)
 
     def forward(self, memory: Tensor, position: Tensor) -> Tensor:
         out = memory
@@ -122,10 +129,11 @@ class Decoder(nn.Module):
         layers = cast(list[DecoderLayer], list(self.layers))
         attentions = [layer.self_attn for layer in layers] + [layers[0].multihead_attn]
         projected = []
-        for tokens, which in ((memory + position, 1), (memory, 2)):
+        for tokens, which, kept in ((memory + position, 1, self._key_weights), (memory, 2, self._value_weights)):
             weights, biases = zip(*(attention.in_proj(which, which + 1) for attention in attentions), strict=True)
+            weight = kept.get([attention.in_proj_weight for attention in attentions], partial(torch.cat, weights))
             bias = None if biases[0] is None else torch.cat(biases)
-            product = linear(tokens, torch.cat(weights), bias, attentions[0].impl)
+            product = linear(tokens, weight, bias, attentions[0].impl)
             projected.append([attentions[0].split_heads(part) for part in product.chunk(len(attentions), dim=-1)])
         *firsts, second = zip(*projected, strict=True)
         return [(first, None if number else second) for number, first in enumerate(firsts)]
