@@ -18,6 +18,7 @@ import tempfile
 import threading
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -95,21 +96,19 @@ def _compile(library: Path, flags: list[str]) -> None:
         folder = tempfile.mkdtemp(prefix="building-", dir=library.parent)
     except OSError as error:
         raise BuildError(f"can't write into {library.parent}: {error}. Set TORCH_EXTENSIONS_DIR to a folder") from error
-    outer_path = os.environ.get("PATH", "")
     try:
-        os.environ["PATH"] = _search_path()
-        cpp_extension.load(
-            library.stem.replace("-", "_"),
-            [str(file) for file in SOURCES],
-            extra_cflags=flags,
-            build_directory=folder,
-            is_python_module=False,
-        )
+        with mock.patch.dict(os.environ, PATH=_search_path()):
+            cpp_extension.load(
+                library.stem.replace("-", "_"),
+                [str(file) for file in SOURCES],
+                extra_cflags=flags,
+                build_directory=folder,
+                is_python_module=False,
+            )
         os.replace(next(Path(folder).glob("*.so")), library)
     except (RuntimeError, OSError, StopIteration) as error:
         raise BuildError(f"the C++ kernels do not compile: {error}\nTo have them, {_HOW_TO}") from error
     finally:
-        os.environ["PATH"] = outer_path
         shutil.rmtree(folder, ignore_errors=True)
 
 

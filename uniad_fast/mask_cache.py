@@ -49,7 +49,7 @@ class CachedMask:
 
 @contextlib.contextmanager
 def _cuda_is_where_the_model_is(device: torch.device) -> Iterator[None]:
-    """The public code says .cuda() to its mask, which fails on a machine without."""
+    """The public code sends its mask to a GPU by name, which fails on a machine without one."""
     if device.type == "cuda":
         yield
         return
