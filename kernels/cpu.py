@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .build import load, problem
-from .layout import like_tokens_first, unit_last_stride
+from .layout import like_tokens_first, summed_over_batch, unit_last_stride
 
 __all__ = [
     "attention_backward",
@@ -218,9 +218,7 @@ def norm_backward(
             *(_pointer(t) for t in (out_gradient, x, residual, weight.contiguous(), stats)),
             *(_pointer(t) for t in (sum_gradient, x_gradient if dropout_p > 0 else None, parts)),
         )
-    if residual.shape != x.shape:  # summed over the rows that meet one of its, in torch's fixed order
-        sum_gradient = sum_gradient.view(-1, *residual.shape).sum(0, dtype=torch.float32).to(x.dtype)
-    return x_gradient, sum_gradient, parts[:, 0].sum(0), parts[:, 1].sum(0)
+    return x_gradient, summed_over_batch(sum_gradient, residual), parts[:, 0].sum(0), parts[:, 1].sum(0)
 
 
 def dropout_forward(x: Tensor, seed: Tensor | None, dropout_p: float, relu: bool) -> Tensor:

@@ -5,6 +5,7 @@ import triton
 from torch import Tensor
 
 from . import dropout as kernels
+from .layout import summed_over_batch
 
 _ELEMENTS = 2048
 _PROGRAMS = 256
@@ -73,9 +74,7 @@ def norm_backward(
                 **block,
                 **dropout_arguments(dropout_p),
             )
-    if residual.shape != x.shape:  # summed over the rows that meet one of its, in torch's fixed order
-        sum_gradient = sum_gradient.view(-1, *residual.shape).sum(0, dtype=torch.float32).to(x.dtype)
-    return x_gradient, sum_gradient, parts[:, 0].sum(0), parts[:, 1].sum(0)
+    return x_gradient, summed_over_batch(sum_gradient, residual), parts[:, 0].sum(0), parts[:, 1].sum(0)
 
 
 def dropout_forward(x: Tensor, seed: Tensor | None, dropout_p: float, relu: bool) -> Tensor:

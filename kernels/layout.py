@@ -1,4 +1,4 @@
-"""How the launchers lay out what they allocate, and what they take by stride."""
+"""What the launchers of both kinds share: how they lay out what they allocate, take by stride, and sum."""
 
 import torch
 from torch import Tensor
@@ -14,3 +14,10 @@ def like_tokens_first(key: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def unit_last_stride(tensor: Tensor) -> Tensor:
     """The tensor, copied only where neighbouring channels are not neighbours in memory."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def summed_over_batch(gradient: Tensor, residual: Tensor) -> Tensor:
+    """Gradient [R, C] to the residual's [R', C]: over rows that meet one of its, in float32, in torch's fixed order."""
+    if gradient.shape == residual.shape:
+        return gradient
+    return gradient.view(-1, *residual.shape).sum(0, dtype=torch.float32).to(gradient.dtype)

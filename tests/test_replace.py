@@ -136,7 +136,10 @@ def test_a_generate_mask_of_another_meaning_is_left_alone():
 
     model = nn.Sequential(Keeps(), nn.MultiheadAttention(16, 2))
     replace_attention(model)
-    assert torch.equal(model[0].generate_mask((4, 5), (3, 3)), Keeps().generate_mask((4, 5), (3, 3)))
+    with mock.patch("uniad_fast.mask_cache.identify_mask", wraps=identify_mask) as looks:
+        masks = [model[0].generate_mask((4, 5), (3, 3)) for _ in range(3)]
+    assert looks.call_count == 1 and masks[1] is not masks[2]
+    assert all(torch.equal(mask, Keeps().generate_mask((4, 5), (3, 3))) for mask in masks)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (4, 9), (6, 6), (14, 14)])

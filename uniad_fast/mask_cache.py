@@ -29,19 +29,23 @@ class CachedMask:
     def __init__(self, owner: nn.Module) -> None:
         self._owner = owner
         self._masks: dict[tuple, tuple[Tensor, int]] = {}
+        self._others: set[tuple] = set()  # sizes at which it builds something of another meaning
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         build: Any = type(self._owner).generate_mask  # type: ignore[attr-defined]
         bound = inspect.signature(build).bind(self._owner, *args, **kwargs).arguments
         sizes = tuple(tuple(bound[name]) for name in ("feature_size", "neighbor_size"))
         device = next((p.device for p in self._owner.parameters()), torch.device("cpu"))
+        if sizes in self._others:
+            return build(self._owner, *args, **kwargs)
         kept = self._masks.get((sizes, device))
         if kept and kept[0]._version == kept[1]:  # not written to by a caller
             return kept[0]
         with torch.inference_mode(False), torch.no_grad(), _cuda_is_where_the_model_is(device):
             mask = build(self._owner, *args, **kwargs)
         if not isinstance(mask, Tensor) or not isinstance(identify_mask(mask, sizes[0]), Window):
-            return mask  # of another meaning: built anew, as ever
+            self._others.add(sizes)
+            return build(self._owner, *args, **kwargs)
         mask = mask.to(device)
         self._masks[sizes, device] = mask, mask._version
         return mask
