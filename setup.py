@@ -32,6 +32,7 @@ setup(
         "scipy>=1.11",
         "tqdm>=4.66",
         "typer>=0.20",
+        "pyyaml>=6",  # configurations of the public code
     ],
     extras_require={
         # torch's CUDA and ROCm builds bring the release they want. The kernels compile with 3.2 to 3.8, 3.3 not on AMD.

@@ -11,19 +11,21 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "uniad_fast"
 # A file may import from its own layer's earlier files and from lower layers, never from a higher one.
 LAYERS = [
-    {"noise", "neighborhood", "files", "kept", "progress", "images", "metrics", "recipes", "initialize", "registered"},
+    {"noise", "neighborhood", "files", "kept", "progress", "images", "metrics", "precision"},
+    {"recipes", "initialize", "registered"},
     {"impls", "reference", "stock", "autograd", "masks", "lazy_weights", "mask_cache"},
-    {"weights", "data", "heatmap", "position", "bundle"},
+    {"state_dicts", "efficientnet", "data", "heatmap", "position", "bundle"},
     {"functional", "linear"},
     {"attention", "backbone", "testing"},
     {"transformer", "features"},
     {"model", "replace"},
-    {"scoring", "training", "doctor"},
-    {"calibration"},
+    {"architecture", "scoring", "training", "doctor"},
+    {"calibration", "public_config"},
     {"detector", "__init__"},
-    {"evaluation"},
+    {"weights", "evaluation"},
     {"report"},
-    {"scan", "demo"},
+    {"scan", "demo", "cli_options"},
+    {"cli_convert"},
     {"cli"},
 ]
 

@@ -310,3 +310,27 @@ def test_an_optimiser_from_before_still_trains_it():
     model(tokens).square().sum().backward()
     optimizer.step()
     assert not torch.equal(before, model.attn.in_proj_weight)
+
+
+@pytest.mark.parametrize("replaced_first", [True, False], ids=["replaced, then wrapped", "wrapped, then replaced"])
+def test_distributed_training(tmp_path, replaced_first):
+    """Under torch's own DistributedDataParallel every gradient is reduced once, and is what it was without."""
+    tokens = torch.randn(35, 2, 32)
+    alone = zoo.EncoderDecoder(dropout=0.0)
+    expected = run(alone, tokens, torch.ones_like(tokens))
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = copy.deepcopy(alone)
+        if replaced_first:
+            replace_attention(model)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        if not replaced_first:
+            assert len(replace_attention(wrapped).rows) == 6
+        for _ in range(2):  # the second pass fails if the first left a gradient unreduced
+            wrapped.zero_grad()
+            quietly(wrapped, tokens).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4)

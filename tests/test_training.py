@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from uniad_fast.architecture import build_model
 from uniad_fast.recipes import FAST, PAPER
-from uniad_fast.training import ResumeError, build_model, channel_statistics, train
+from uniad_fast.training import ResumeError, channel_statistics, train
 
 TOKENS = np.random.default_rng(0).normal(2, 3, (12, 16, 6)).astype(np.float32)
 RECIPE = replace(FAST, epochs=4, min_steps=0, batch_size=5, precision="float32", dropout=0.1)

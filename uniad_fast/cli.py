@@ -1,16 +1,29 @@
-"""The command line: uniad-fast demo | train | eval | score | doctor."""
+"""The command line: uniad-fast demo | train | eval | score | convert | doctor."""
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 
 from . import report
 from .bundle import check_writable
+from .cli_convert import convert
+from .cli_options import (
+    ERROR,
+    BatchSize,
+    CacheDirectory,
+    DataArgument,
+    Device,
+    ImageRoot,
+    ImageScore,
+    Quiet,
+    RecipeName,
+    Score,
+    exit_if_unreadable,
+    reports_errors,
+)
 from .data import DataError, Dataset, load_dataset
 from .demo import picture_most_defective, thin_out
 from .detector import AnomalyDetector
@@ -28,48 +41,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ERROR = 2
-_USER_ERRORS = (OSError, ValueError)  # every error class of the package is a ValueError
-
-RecipeName = Literal["fast", "paper"]
-ImageScore = Literal["max", "mean", "std"]
-Score = Literal["l2", "whitened"]
-
-DataArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="DATA",
-        help="A folder of classes (CLASS/train/good, CLASS/test/..., CLASS/ground_truth/...), a folder of good "
-        "images, a metadata file (.json, .jsonl, VisA's .csv), or elpv.",
-    ),
-]
-ImageRoot = Annotated[Path | None, typer.Option(help="Folder that paths in a metadata file start from.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
-
-
-def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """User errors become one message and exit code 2; Ctrl-C becomes 130."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except typer.Exit:
-            raise
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from None
-        except _USER_ERRORS as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(ERROR) from None
-
-    return wrapped
-
 
 @app.command()
-@_reports_errors
+@reports_errors
 def train(
     data: DataArgument,
     output: Annotated[
@@ -94,9 +68,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of this command.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw an interrupted run away.")] = False,
     image_root: ImageRoot = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder for extracted features. Default: the user's cache.")
-    ] = None,
+    cache: CacheDirectory = None,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
@@ -124,7 +96,7 @@ def train(
 
 
 @app.command("eval")
-@_reports_errors
+@reports_errors
 def evaluate_command(
     bundle: Annotated[Path, typer.Argument(help="Folder that train wrote.")],
     data: DataArgument,
@@ -149,11 +121,11 @@ def evaluate_command(
     if output is not None:
         for path in report.write_evaluation(evaluation, output):
             typer.echo(f"wrote {path}")
-    _exit_if_unreadable(evaluation.unreadable)
+    exit_if_unreadable(evaluation.unreadable)
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def score(
     bundle: Annotated[Path, typer.Argument(help="Folder that train wrote.")],
     images: Annotated[list[Path], typer.Argument(help="Image files, and folders of them.")],
@@ -170,6 +142,11 @@ def score(
     still scored).
     """
     detector = AnomalyDetector.load(bundle, device)
+    if not detector.is_calibrated and (heat_maps or threshold is None):
+        raise ValueError(
+            f"{bundle} has no threshold and no colours: convert it with --good GOOD_IMAGES, "
+            "or give --threshold and --no-heat-maps"
+        )
     limit = detector.calibration.threshold if threshold is None else threshold
     named = name_images(images)
     rows, unreadable = scan_images(
@@ -184,12 +161,12 @@ def score(
     typer.echo(f"{defective} of {len(rows)} images are defective (score above {limit:.4f})")
     for path in report.write_scores(rows, output):
         typer.echo(f"wrote {path}")
-    _exit_if_unreadable(unreadable)
+    exit_if_unreadable(unreadable)
     raise typer.Exit(1 if defective else 0)
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that it writes.")] = Path(
         "uniad-demo"
@@ -198,9 +175,7 @@ def demo(
     images_per_class: Annotated[int | None, typer.Option(min=4, help="Use only so many, for a quick look.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted demo.")] = False,
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder for extracted features. Default: the user's cache.")
-    ] = None,
+    cache: CacheDirectory = None,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
@@ -226,16 +201,19 @@ def demo(
     typer.echo(f"wrote {len(pictures)} heat maps of the most defective cells to {output / 'heatmaps'}")
     typer.echo(f"score your own images with: uniad-fast score {bundle} IMAGES -o OUT")
     typer.echo(f"took {(time.monotonic() - started) / 60:.1f} minutes")
-    _exit_if_unreadable([*detector.unreadable, *evaluation.unreadable])
+    exit_if_unreadable([*detector.unreadable, *evaluation.unreadable])
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def doctor() -> None:
     """Say what runs on this machine, and what does not and why."""
     lines, sound = diagnose()
     typer.echo("\n".join(lines))
     raise typer.Exit(0 if sound else ERROR)
+
+
+app.command()(reports_errors(convert))
 
 
 def _fit_and_save(
@@ -266,13 +244,6 @@ def _fit_and_save(
         typer.echo(f"(too few held-out images to promise the {detector.false_alarm_rate:.1%} asked for)")
     for message in detector.unreadable:
         typer.echo(f"left out: {message}", err=True)
-
-
-def _exit_if_unreadable(messages: Sequence[str]) -> None:
-    for message in messages:
-        typer.echo(f"left out: {message}", err=True)
-    if messages:
-        raise typer.Exit(ERROR)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,31 +15,36 @@ from PIL import Image
 from torch import Tensor
 
 from . import scoring
+from .architecture import PAPER_ARCHITECTURE, Architecture, build_model
 from .backbone import Backbone
 from .bundle import BundleError, read_bundle, write_bundle
 from .calibration import Calibration, calibrate, residual_whitening
 from .data import DataError, Dataset, Sample, hold_out, load_dataset
 from .features import Features, cached_features
 from .images import ImageLike, as_image, to_tensor
+from .model import UniAD
+from .public_config import read_config
 from .recipes import RECIPES, Recipe
 from .scoring import Scorer
-from .training import build_model, channel_statistics, seeded_generators, train
-from .weights import check_state_dict
+from .state_dicts import check_state_dict, part_of
+from .training import channel_statistics, seeded_generators, train
 
 _BATCH = 32
 _FEATURES = "backbone.features."
+_NOT_CALIBRATED = "this detector has no threshold: call calibrate() with good images"
 _NOT_TRAINED = "this detector is not trained: call fit(), or AnomalyDetector.load()"
 
 
 class Prediction(NamedTuple):
     """What the detector says of one image.
 
-    score: image score, higher is more anomalous. label: True when the score is above the threshold.
+    score: image score, higher is more anomalous. label: True when the score is above the threshold, None where a
+    detector has none (see `AnomalyDetector.calibrate`).
     anomaly_map: float32 [image_size, image_size], a score for every pixel of the image as the network saw it.
     """
 
     score: float
-    label: bool
+    label: bool | None
     anomaly_map: NDArray
 
 
@@ -55,6 +60,7 @@ class AnomalyDetector:
         backbone_weights: weight file, see `Backbone.pretrained`.
         out_indices: feature levels, see `Backbone.pretrained`.
         recipe: "fast", "paper", or a `Recipe`.
+        architecture: of the network.
         score: how a residual becomes a number, "l2" (the paper's) or "whitened"; see `uniad_fast.scoring`. None
             takes the recipe's.
         image_score: how a map becomes a number, "max" (the paper's), "mean" or "std".
@@ -77,6 +83,7 @@ class AnomalyDetector:
         backbone_weights: str | os.PathLike | None = None,
         out_indices: Sequence[int] | None = None,
         recipe: str | Recipe = "fast",
+        architecture: Architecture = PAPER_ARCHITECTURE,
         score: str | None = None,
         image_score: str = "max",
         false_alarm_rate: float = 0.01,
@@ -106,6 +113,7 @@ class AnomalyDetector:
         self.backbone_weights = backbone_weights
         self.out_indices = None if out_indices is None else tuple(out_indices)
         self.recipe = recipe
+        self.architecture = architecture
         self.score = score
         self.image_score = image_score
         self.false_alarm_rate = false_alarm_rate
@@ -121,6 +129,42 @@ class AnomalyDetector:
         self.classes: list[str] = []
         """Names of the classes it was trained on."""
         self._training_log = ""
+        self._normalization: tuple[Sequence[float], Sequence[float]] | None = None
+
+    @classmethod
+    def from_config(cls, config: str | os.PathLike | Mapping[str, Any], **options: Any) -> "AnomalyDetector":
+        """An untrained detector as a configuration of the public code describes it.
+
+        Args:
+            config: its file, or what it holds; see `uniad_fast.public_config`.
+            options: other arguments of `AnomalyDetector`, in place of what the configuration says.
+
+        Raises:
+            ConfigError: an entry can't be followed.
+        """
+        read = read_config(config)
+        said: dict[str, Any] = {
+            "backbone": read.backbone,
+            "image_size": read.image_size,
+            "out_indices": read.out_indices,
+            "recipe": read.recipe,
+            "architecture": read.architecture,
+        }
+        detector = cls(**(said | options))
+        detector._normalization = (read.mean, read.std)
+        return detector
+
+    @classmethod
+    def from_parts(cls, backbone: Backbone, model: UniAD, **options: Any) -> "AnomalyDetector":
+        """A detector of a backbone and a trained network, which scores with the L2 norm and has no threshold yet.
+
+        Args:
+            options: other arguments of `AnomalyDetector`; image_size and architecture are the network's.
+        """
+        detector = cls(backbone.name, out_indices=backbone.out_indices, recipe="paper", score="l2", **options)
+        scorer = Scorer(backbone, model, detector.image_size, detector.recipe.precision, whitened=False)
+        detector._scorer = scorer.to(detector.device).eval()
+        return detector
 
     def fit(
         self,
@@ -142,13 +186,16 @@ class AnomalyDetector:
             DataError: fewer than two readable good images.
             ResumeError: the checkpoint is of another run.
         """
-        samples = _training_samples(data)
+        samples = _good_samples(data)
+        if len(samples) < 2:
+            raise DataError(f"training needs at least two good images, got {len(samples)}")
         kept, held_out = hold_out(samples, self.held_out, self.seed)
         if not held_out:  # classes of one image each
             kept, held_out = kept[:-1], kept[-1:]
-        backbone = Backbone.pretrained(self.backbone_name, self.image_size, self.backbone_weights, self.out_indices).to(
-            self.device
-        )
+        backbone = Backbone.pretrained(self.backbone_name, self.image_size, self.backbone_weights, self.out_indices)
+        if self._normalization:
+            backbone.normalize_by(*self._normalization)
+        backbone.to(self.device)
         good = self._features(backbone, kept, "features of good images", quiet)
         unseen = self._features(backbone, held_out, "features of held-out good images", quiet)
         self.unreadable = good.unreadable + unseen.unreadable
@@ -186,6 +233,29 @@ class AnomalyDetector:
         self.classes = sorted({sample.class_name for sample in samples})
         return self
 
+    def calibrate(
+        self, data: str | os.PathLike | Dataset | Sequence[str | os.PathLike], *, quiet: bool = False
+    ) -> "AnomalyDetector":
+        """Set the threshold and the colours of heat maps from good images that it was not trained on; returns self.
+
+        Args:
+            data: as in `fit`.
+
+        Raises:
+            DataError: no readable image.
+        """
+        unseen = self._features(self.scorer.backbone, _good_samples(data), "features of good images", quiet)
+        self.unreadable = unseen.unreadable
+        if not len(unseen.tokens):
+            raise DataError("calibration needs a readable good image" + "".join(f"\n  {m}" for m in self.unreadable))
+        self._calibration = calibrate(self.scorer, unseen.tokens, self.image_score, self.false_alarm_rate)
+        return self
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether there is a threshold; a converted detector has none before `calibrate`."""
+        return self._calibration is not None
+
     @property
     def scorer(self) -> Scorer:
         """The trained pipeline from images to maps; RuntimeError before `fit` or `load`."""
@@ -195,9 +265,9 @@ class AnomalyDetector:
 
     @property
     def calibration(self) -> Calibration:
-        """Threshold and colours, from held-out good images; RuntimeError before `fit` or `load`."""
+        """Threshold and colours, from held-out good images; RuntimeError where there are none."""
         if self._calibration is None:
-            raise RuntimeError(_NOT_TRAINED)
+            raise RuntimeError(_NOT_TRAINED if self._scorer is None else _NOT_CALIBRATED)
         return self._calibration
 
     def predict(self, images: ImageLike | Sequence[ImageLike]) -> Any:
@@ -227,7 +297,7 @@ class AnomalyDetector:
         maps = self.scorer(images)
         scores = scoring.image_scores(maps, self.image_score).tolist()
         return [
-            Prediction(score, score > self.calibration.threshold, one)
+            Prediction(score, score > self.calibration.threshold if self.is_calibrated else None, one)
             for score, one in zip(scores, maps.cpu().numpy(), strict=True)
         ]
 
@@ -239,7 +309,12 @@ class AnomalyDetector:
         """
         scorer = self.scorer
         config = {
-            "backbone": {"name": scorer.backbone.name, "out_indices": scorer.backbone.out_indices},
+            "backbone": {
+                "name": scorer.backbone.name,
+                "out_indices": scorer.backbone.out_indices,
+                "padded_for": scorer.backbone.padded_for,
+            },
+            "architecture": dataclasses.asdict(self.architecture),
             "image_size": self.image_size,
             "recipe": dataclasses.asdict(self.recipe),
             "score": self.score,
@@ -248,7 +323,7 @@ class AnomalyDetector:
             "held_out": self.held_out,
             "seed": self.seed,
             "classes": self.classes,
-            "calibration": dataclasses.asdict(self.calibration),
+            "calibration": dataclasses.asdict(self._calibration) if self._calibration else None,
         }
         write_bundle(directory, scorer.state_dict(), config, self._training_log)
 
@@ -269,6 +344,7 @@ class AnomalyDetector:
                 config["image_size"],
                 out_indices=config["backbone"]["out_indices"],
                 recipe=recipe,
+                architecture=Architecture.from_json(config.get("architecture", {})),
                 score=config["score"],
                 image_score=config["image_score"],
                 false_alarm_rate=config["false_alarm_rate"],
@@ -277,18 +353,19 @@ class AnomalyDetector:
                 device=device,
                 impl=impl,
             )
-            features = {name: t for name, t in tensors.items() if name.startswith(_FEATURES)}
             backbone = Backbone.from_state(
                 detector.backbone_name,
                 detector.image_size,
-                detector.out_indices or (),
-                {name.removeprefix(_FEATURES): t for name, t in features.items()},
+                detector.out_indices,
+                part_of(tensors, _FEATURES),
+                config["backbone"].get("padded_for"),
             )
             scorer = detector._new_scorer(backbone)
             check_state_dict(tensors, scorer.state_dict(), "the bundle's tensors")
             scorer.load_state_dict(tensors)
             detector._scorer = scorer.to(detector.device).eval()
-            detector._calibration = Calibration.from_json(config["calibration"])
+            if config["calibration"] is not None:
+                detector._calibration = Calibration.from_json(config["calibration"])
             detector.classes = list(config["classes"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise BundleError(f"{directory} is a damaged bundle: {type(error).__name__}: {error}") from error
@@ -300,14 +377,12 @@ class AnomalyDetector:
 
     def _new_scorer(self, backbone: Backbone) -> Scorer:
         grid = backbone.grid(self.image_size)
-        model = build_model(backbone.channels, backbone.stride, grid, self.recipe, self.impl)
+        model = build_model(backbone.channels, backbone.stride, grid, self.recipe, self.impl, self.architecture)
         return Scorer(backbone, model, self.image_size, self.recipe.precision, self.score == "whitened")
 
 
-def _training_samples(data: str | os.PathLike | Dataset | Sequence[str | os.PathLike]) -> list[Sample]:
+def _good_samples(data: str | os.PathLike | Dataset | Sequence[str | os.PathLike]) -> list[Sample]:
     if isinstance(data, (str, os.PathLike)):
         data = load_dataset(data)
     samples = data.train if isinstance(data, Dataset) else [Sample(Path(path), "unnamed") for path in data]
-    if len(samples) < 2:
-        raise DataError(f"training needs at least two good images, got {len(samples)}")
     return samples

@@ -37,6 +37,9 @@ class UniAD(nn.Module):
         initializer: {"method", ...} as in `uniad_fast.initialize`; None is {"method": "normal", "std": 0.01}.
         nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout, activation, normalize_before:
             of the transformer.
+        query_embedding: decoder layers with a learned query: "every" (the paper's layer-wise query decoder), "first",
+            or "none". The latter two are the plain Transformer's decoder, in which a layer attends to what comes in,
+            then to the encoder's output; what comes in first is the learned query, or the encoder's output.
         impl: implementation of both ops, see `uniad_fast.functional`.
 
     Raises:
@@ -62,6 +65,7 @@ class UniAD(nn.Module):
         activation: str = "relu",
         normalize_before: bool = False,
         *,
+        query_embedding: str = "every",
         impl: str | None = None,
     ) -> None:
         super().__init__()
@@ -95,6 +99,7 @@ class UniAD(nn.Module):
             dropout,
             activation,
             normalize_before,
+            query_embedding,
             impl,
         )
         self.input_proj = nn.Linear(self.inplanes, hidden_dim)

@@ -17,7 +17,7 @@ class Recipe:
         jitter_scale, jitter_prob: of the feature jittering (paper, section 3.2).
         standardize: features scaled to mean 0 and deviation 1 per channel, as measured on the training images.
         query_std: deviation of the learned queries' initial values.
-        precision: "float32" or "bfloat16" (autocast).
+        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the device has it, float32 elsewhere.
         score: how a residual becomes a number, "l2" (the paper's) or "whitened"; see `uniad_fast.scoring`.
     """
 
@@ -77,7 +77,7 @@ FAST = Recipe(
     jitter_prob=1.0,
     standardize=True,
     query_std=0.02,
-    precision="bfloat16",
+    precision="auto",
     score="whitened",
 )
 

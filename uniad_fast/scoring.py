@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .model import UniAD
+from .precision import autocast
 
 SCORES = ("l2", "whitened")
 IMAGE_SCORES = ("max", "mean", "std")
@@ -27,7 +28,7 @@ class Scorer(nn.Module):
     Args:
         backbone, model: frozen features and the network that reconstructs them.
         image_size: S, of the images and of the maps.
-        precision: "float32" or "bfloat16" (autocast) for the model; the backbone is float32.
+        precision: of the model, see `uniad_fast.precision`; the backbone is float32.
         whitened: whether residuals are whitened, by the buffer `whitening` (the identity until it is set).
 
     Its state dict is what a bundle keeps.
@@ -90,7 +91,7 @@ class Scorer(nn.Module):
         return self.maps(self.tokens(images))
 
     def _reconstruct(self, target: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        with autocast(self.precision, self.device):
             return self.model.reconstruct(target).float()
 
     def _on_grid(self, tokens: Tensor) -> Tensor:

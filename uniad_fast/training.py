@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from .files import atomic_path
 from .model import UniAD
-from .neighborhood import Size
+from .precision import autocast, computes_in_bfloat16
 from .progress import progress
 from .recipes import Recipe
-from .transformer import DecoderLayer
 
 LOG_FIELDS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "seconds")
 _LOG_EVERY = 10
@@ -30,31 +29,6 @@ _LOG_EVERY = 10
 
 class ResumeError(ValueError):
     """There is no checkpoint to resume from, or it belongs to another run."""
-
-
-def build_model(channels: int, stride: int, feature_size: Size, recipe: Recipe, impl: str | None = None) -> UniAD:
-    """The paper's network for a feature map: width 256, 8 heads, 4 + 4 layers, a window of half the grid."""
-    model = UniAD(
-        inplanes=[channels],
-        instrides=[stride],
-        feature_size=feature_size,
-        feature_jitter={"scale": recipe.jitter_scale, "prob": recipe.jitter_prob},
-        neighbor_mask={"neighbor_size": tuple(max(1, n // 2) for n in feature_size), "mask": [True] * 3},
-        hidden_dim=256,
-        pos_embed_type="learned",
-        save_recon=None,
-        initializer={"method": "xavier_uniform"},
-        nhead=8,
-        num_encoder_layers=4,
-        num_decoder_layers=4,
-        dim_feedforward=1024,
-        dropout=recipe.dropout,
-        impl=impl,
-    )
-    for module in model.modules():
-        if isinstance(module, DecoderLayer):
-            nn.init.normal_(module.learned_embed.weight, std=recipe.query_std)
-    return model
 
 
 def channel_statistics(tokens: NDArray) -> tuple[Tensor, Tensor]:
@@ -97,7 +71,7 @@ def train(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    device = model.input_proj.weight.device
+    device = next(model.parameters()).device
     steps_per_epoch = max(1, len(tokens) // recipe.batch_size)
     epochs = max(recipe.epochs, math.ceil(recipe.min_steps / steps_per_epoch))
     total = epochs * steps_per_epoch
@@ -106,6 +80,7 @@ def train(
     )
     scheduler = _scheduler(optimizer, recipe, total)
     run = json.loads(json.dumps({**run, "recipe": asdict(recipe), "seed": seed, "images": len(tokens)}))
+    run["bfloat16"] = computes_in_bfloat16(recipe.precision, device)
     mean, std = mean.to(device), std.to(device)
 
     with seeded_generators(seed, device):
@@ -119,7 +94,7 @@ def train(
                 epoch, position = divmod(step, steps_per_epoch)
                 batch = _batch(tokens, epoch, position, recipe.batch_size, seed)
                 target = (batch.to(device) - mean) / std
-                with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+                with autocast(recipe.precision, device):
                     reconstruction = model.reconstruct(target)
                 loss = F.mse_loss(reconstruction.float(), target)
                 optimizer.zero_grad(set_to_none=True)

