@@ -1,4 +1,4 @@
-"""The README keeps its word: its commands exist, its Python runs, its files are there."""
+"""README and docs keep their word: commands exist, the README's Python runs, files are there."""
 
 import re
 import shlex
@@ -14,19 +14,25 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def commands() -> list[str]:
-    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def commands(text: str = README) -> list[str]:
+    joined = "\n".join(blocks("bash", text)).replace("\\\n", " ")
     return [part.strip() for line in joined.splitlines() for part in line.split("&&") if part.strip()]
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("uniad-fast")])
+@pytest.mark.parametrize(
+    "command",
+    sorted({c for page in PAGES for c in commands(page.read_text()) if c.startswith("uniad-fast")}),
+)
 def test_commands_parse(command):
-    """Names and options are the command line's own; test_cli runs each of these commands."""
-    name, *arguments = shlex.split(command)[1:]
+    """Names and options are the command line's own; test_cli and test_weights run each of the README's."""
+    name, *arguments = shlex.split(command, comments=True)[1:]
     subcommand = get_command(app).commands[name]
     subcommand.make_context(name, arguments)
 
@@ -49,8 +55,19 @@ def test_the_python_runs(made_up_classes, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {})
 
 
-def test_the_files_it_shows_are_there():
-    links = re.findall(r"\]\((?!http)([^)#]+)", README)
-    assert any(link.endswith(".png") for link in links)
-    for link in links:
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_files_it_shows_are_there(page):
+    for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+def test_the_readme_shows_a_picture():
+    assert re.search(r"!\[.+\]\(.+\.png\)", README)
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_what_pages_import_is_there(page):
+    for block in blocks("python", page.read_text()):
+        compile(block, page.name, "exec")
+        for line in re.findall(r"^from uniad_fast.* import .+$", block, re.M):
+            exec(line, {})
