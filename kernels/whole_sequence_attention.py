@@ -51,9 +51,10 @@ def whole_sequence_kernel(
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
         token = first + tl.arange(0, BLOCK_M)
+        # Stored before the noise is drawn, which needs the registers.
+        log_sum_exp = tl.where(empty, float("inf"), maximum + tl.log2(total))
+        tl.store(log_sum_exp_ptr + plane.to(tl.int64) * N + token, log_sum_exp, mask=token < N)
         if DROPOUT:
             weights = tl.where(keep_tile(seed, plane, token, start, keep_threshold, BLOCK_M, BLOCK_N), weights, 0.0)
         out = tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
         store_tokens(out_ptr, out * (keep_scale / total)[:, None], first, out_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
-        log_sum_exp = tl.where(empty, float("inf"), maximum + tl.log2(total))
-        tl.store(log_sum_exp_ptr + plane.to(tl.int64) * N + token, log_sum_exp, mask=token < N)

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .files import atomic_path
@@ -16,10 +14,11 @@ from .initialize import initialize
 from .linear import linear
 from .neighborhood import Size
 from .position import position_embedding
+from .reconstruction import Reconstructor
 from .transformer import Transformer
 
 
-class UniAD(nn.Module):
+class UniAD(Reconstructor):
     """The reconstruction network, drop-in for the public code's class of this name.
 
     B batch, C_org channels of the feature map, H x W its grid. Modules and parameters have the public names.
@@ -68,10 +67,7 @@ class UniAD(nn.Module):
         query_embedding: str = "every",
         impl: str | None = None,
     ) -> None:
-        super().__init__()
-        self.inplanes = _single("inplanes", inplanes)
-        self.stride = _single("instrides", instrides)
-        self.feature_size = size_pair("feature_size", feature_size)
+        super().__init__(inplanes, instrides, feature_size)
         self.jitter_scale, self.jitter_prob = 0.0, 0.0
         if feature_jitter:
             self.jitter_scale, self.jitter_prob = (_get(feature_jitter, name) for name in ("scale", "prob"))
@@ -106,30 +102,6 @@ class UniAD(nn.Module):
         self.output_proj = nn.Linear(hidden_dim, self.inplanes)
         initialize(self, **(dict(_items(initializer)) if initializer else {}))
 
-    def forward(self, input: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Reconstruct `input["feature_align"]` [B, C_org, H, W].
-
-        Returns:
-            "feature_rec" [B, C_org, H, W]; "feature_align", the input; "pred" [B, 1, H * stride, W * stride], the
-            L2 norm over channels of their difference (section 3.3), bilinear with aligned corners.
-
-        Raises:
-            ValueError: the feature map has other channels or another grid.
-        """
-        feature = input["feature_align"]
-        if feature.ndim != 4 or feature.shape[1:] != (self.inplanes, *self.feature_size):
-            raise ValueError(
-                f"feature_align must be [B, {self.inplanes}, {self.feature_size[0]}, {self.feature_size[1]}], "
-                f"got {tuple(feature.shape)}"
-            )
-        tokens = feature.flatten(2).transpose(1, 2)  # [B, N, C_org]
-        reconstruction = self.reconstruct(tokens).transpose(1, 2).unflatten(2, self.feature_size)
-        return {
-            "feature_rec": reconstruction,
-            "feature_align": feature,
-            "pred": enlarge(anomaly_grid(feature, reconstruction), self.stride),
-        }
-
     def reconstruct(self, tokens: Tensor) -> Tensor:
         """tokens [B, N, C_org] -> their reconstruction, same shape; jittered first when training."""
         if self.training and self.jitter_prob > 0:
@@ -145,16 +117,6 @@ class UniAD(nn.Module):
             hidden = linear(tokens, self.input_proj.weight, self.input_proj.bias, self.impl)
         out = self.transformer(hidden, self.pos_embed())
         return linear(out, self.output_proj.weight, self.output_proj.bias, self.impl)
-
-
-def anomaly_grid(feature: Tensor, reconstruction: Tensor) -> Tensor:
-    """s = ||f_org - f_rec||_2 per location (section 3.3): two [B, C_org, H, W] -> [B, 1, H, W] in float32."""
-    return torch.linalg.vector_norm(reconstruction.float() - feature.float(), dim=1, keepdim=True)
-
-
-def enlarge(grid: Tensor, stride: int) -> Tensor:
-    """[B, 1, H, W] -> [B, 1, H * stride, W * stride], bilinear with aligned corners."""
-    return F.interpolate(grid, scale_factor=stride, mode="bilinear", align_corners=True)
 
 
 def save_reconstructions(
@@ -173,13 +135,6 @@ def save_reconstructions(
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as partial, open(partial, "wb") as file:
             np.save(file, reconstruction.detach().float().cpu().numpy())
-
-
-def _single(name: str, value: Sequence[int] | int) -> int:
-    values = [value] if isinstance(value, int) else list(value)
-    if len(values) != 1 or values[0] < 1:
-        raise ValueError(f"{name} must be one integer >= 1, or a list of one, got {value!r}")
-    return values[0]
 
 
 def _get(config: Any, name: str) -> Any:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .model import UniAD
 from .precision import autocast
+from .reconstruction import Reconstructor
 
 SCORES = ("l2", "whitened")
 IMAGE_SCORES = ("max", "mean", "std")
@@ -38,7 +38,9 @@ class Scorer(nn.Module):
     std: Tensor
     whitening: Tensor | None
 
-    def __init__(self, backbone: Backbone, model: UniAD, image_size: int, precision: str, whitened: bool) -> None:
+    def __init__(
+        self, backbone: Backbone, model: Reconstructor, image_size: int, precision: str, whitened: bool
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.model = model

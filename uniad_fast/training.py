@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .files import atomic_path
-from .model import UniAD
 from .precision import autocast, computes_in_bfloat16
 from .progress import progress
 from .recipes import Recipe
+from .reconstruction import Reconstructor
 
 LOG_FIELDS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "seconds")
 _LOG_EVERY = 10
@@ -47,7 +47,7 @@ def channel_statistics(tokens: NDArray) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    model: UniAD,
+    model: Reconstructor,
     tokens: NDArray,
     recipe: Recipe,
     seed: int,

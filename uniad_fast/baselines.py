@@ -1,0 +1,115 @@
+"""The networks that the paper's section 3.1 compares: MLP, CNN and plain Transformer, with `UniAD`'s interface.
+
+They learn to copy what they see, defects included. The paper gives their kinds; depth and width here are chosen so that
+each has about the parameters of its neighbours, and are written down with the results.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .initialize import initialize
+from .model import UniAD
+from .neighborhood import Size
+from .reconstruction import Reconstructor
+
+
+class MLP(Reconstructor):
+    """Fully connected layers on each token alone, with ReLU and LayerNorm between them.
+
+    Args:
+        inplanes, instrides, feature_size: as in `Reconstructor`.
+        hidden_dim, num_layers: width and number of the layers between the first and the last.
+    """
+
+    def __init__(
+        self,
+        inplanes: Sequence[int] | int,
+        instrides: Sequence[int] | int,
+        feature_size: Size,
+        hidden_dim: int = 256,
+        num_layers: int = 4,
+    ) -> None:
+        super().__init__(inplanes, instrides, feature_size)
+        widths = [self.inplanes, *[hidden_dim] * (num_layers + 1)]
+        layers: list[nn.Module] = []
+        for inner, outer in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(inner, outer), nn.LayerNorm(outer), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden_dim, self.inplanes))
+        initialize(self, method="xavier_uniform")
+
+    def reconstruct(self, tokens: Tensor) -> Tensor:
+        """tokens [B, N, C_org] -> their reconstruction, same shape."""
+        return self.layers(tokens)
+
+
+class CNN(Reconstructor):
+    """Convolutions on the grid, with BatchNorm and ReLU between them.
+
+    Args:
+        inplanes, instrides, feature_size: as in `Reconstructor`.
+        kernel_size: odd; 1 sees a token alone, 3 its neighbours too.
+        hidden_dim, num_layers: channels and number of the layers between the first and the last.
+
+    Raises:
+        ValueError: `kernel_size` is even.
+    """
+
+    def __init__(
+        self,
+        inplanes: Sequence[int] | int,
+        instrides: Sequence[int] | int,
+        feature_size: Size,
+        kernel_size: int = 3,
+        hidden_dim: int = 256,
+        num_layers: int = 4,
+    ) -> None:
+        super().__init__(inplanes, instrides, feature_size)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        widths = [self.inplanes, *[hidden_dim] * (num_layers + 1)]
+        layers: list[nn.Module] = []
+        for inner, outer in zip(widths[:-1], widths[1:], strict=True):
+            convolution = nn.Conv2d(inner, outer, kernel_size, padding=kernel_size // 2, bias=False)
+            layers += [convolution, nn.BatchNorm2d(outer), nn.ReLU()]
+        last = nn.Conv2d(hidden_dim, self.inplanes, kernel_size, padding=kernel_size // 2)
+        self.layers = nn.Sequential(*layers, last)
+        initialize(self, method="xavier_uniform")
+
+    def reconstruct(self, tokens: Tensor) -> Tensor:
+        """tokens [B, N, C_org] -> their reconstruction, same shape."""
+        grid = tokens.transpose(1, 2).unflatten(2, self.feature_size)
+        return self.layers(grid).flatten(2).transpose(1, 2)
+
+
+class PlainTransformer(UniAD):
+    """The Transformer without the paper's three changes: full attention, one learned query or none, no jitter.
+
+    Args:
+        inplanes, instrides, feature_size: as in `Reconstructor`.
+        query_embedding: "first", a learned query goes into the decoder's first layer; "none", the encoder's output.
+        options: further arguments of `UniAD`; width, heads and layers are the paper's by default.
+    """
+
+    def __init__(
+        self,
+        inplanes: Sequence[int] | int,
+        instrides: Sequence[int] | int,
+        feature_size: Size,
+        query_embedding: str = "first",
+        **options: Any,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "hidden_dim": 256,
+            "pos_embed_type": "learned",
+            "save_recon": None,
+            "initializer": {"method": "xavier_uniform"},
+            "nhead": 8,
+            "num_encoder_layers": 4,
+            "num_decoder_layers": 4,
+            "dim_feedforward": 1024,
+        }
+        super().__init__(
+            inplanes, instrides, feature_size, None, None, query_embedding=query_embedding, **(defaults | options)
+        )
