@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ def train(
     resume: bool = False,
     checkpoint_seconds: float = 60.0,
     quiet: bool = False,
+    after_epoch: Callable[[int], None] | None = None,
 ) -> None:
     """Train `model` in place on tokens [images, N, C] to reconstruct (tokens - mean) / std.
 
@@ -65,6 +66,8 @@ def train(
         directory: gets `log.csv` and `checkpoint.pt`, the latter every `checkpoint_seconds` and at the end.
         run: what identifies this run (JSON values); a checkpoint of another one is not resumed.
         resume: go on from the checkpoint, to the same numbers as an unbroken run; without one, start.
+        after_epoch: called with the number of epochs done, the model in evaluation mode; what it takes is not in the
+            log's seconds. After a resumption it can be called again for an epoch, never not at all.
 
     Raises:
         ResumeError: the checkpoint is damaged or of another run; says what differs.
@@ -107,6 +110,11 @@ def train(
                 bar.update(recipe.batch_size)
                 if step % _LOG_EVERY == 0:
                     bar.set_postfix(loss=f"{log.last_loss:.4f}", epoch=f"{epoch + 1}/{epochs}")
+                if after_epoch is not None and step % steps_per_epoch == 0:
+                    with log.paused():
+                        model.eval()
+                        after_epoch(step // steps_per_epoch)
+                        model.train()
                 if step == total or time.monotonic() - saved >= checkpoint_seconds:
                     log.flush()
                     checkpoint.save(step)
@@ -207,6 +215,13 @@ class _Log:
         self._pending.append((step, epoch, loss.detach(), learning_rate, norm.detach(), seconds))
         if len(self._pending) >= _LOG_EVERY:
             self.flush()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside does not count as training time."""
+        stopped = time.monotonic()
+        yield
+        self._started += time.monotonic() - stopped
 
     def flush(self) -> None:
         for step, epoch, loss, learning_rate, norm, seconds in self._pending:
