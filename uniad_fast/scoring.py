@@ -74,8 +74,11 @@ class Scorer(nn.Module):
     @torch.inference_mode()
     def grids(self, tokens: Tensor) -> Tensor:
         """tokens [B, N, C] -> anomaly scores per location [B, H, W] in float32."""
-        residual = self.residual(tokens)
-        if self.whitening is not None:
+        return self.norm(self.residual(tokens), "l2" if self.whitening is None else "whitened")
+
+    def norm(self, residual: Tensor, score: str) -> Tensor:
+        """residual [B, C, H, W] -> [B, H, W] by one of `SCORES`; "whitened" needs a scorer with whitening."""
+        if score == "whitened":
             residual = torch.einsum("dc,bchw->bdhw", self.whitening, residual[:, self.backbone.deepest])
         return torch.linalg.vector_norm(residual, dim=1)
 

@@ -46,6 +46,12 @@ def channel_statistics(tokens: NDArray) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
 
 
+def epochs_and_steps(images: int, recipe: Recipe) -> tuple[int, int]:
+    """(epochs, steps an epoch) that a recipe makes of so many training images."""
+    steps = max(1, images // recipe.batch_size)
+    return max(recipe.epochs, math.ceil(recipe.min_steps / steps)), steps
+
+
 def train(
     model: Reconstructor,
     tokens: NDArray,
@@ -75,8 +81,7 @@ def train(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
-    steps_per_epoch = max(1, len(tokens) // recipe.batch_size)
-    epochs = max(recipe.epochs, math.ceil(recipe.min_steps / steps_per_epoch))
+    epochs, steps_per_epoch = epochs_and_steps(len(tokens), recipe)
     total = epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
@@ -129,7 +134,9 @@ def _scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int) -> 
         )
     if recipe.schedule == "step":
         return torch.optim.lr_scheduler.StepLR(optimizer, step_size=max(1, round(0.8 * total)), gamma=0.1)
-    raise ValueError(f"schedule must be 'step' or 'one_cycle', got {recipe.schedule!r}")
+    if recipe.schedule == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    raise ValueError(f"schedule must be 'step', 'one_cycle' or 'constant', got {recipe.schedule!r}")
 
 
 def _batch(tokens: NDArray, epoch: int, position: int, batch_size: int, seed: int) -> Tensor:

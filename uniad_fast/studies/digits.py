@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .files import atomic_directory
+from ..files import atomic_directory
+from .extra import require
 
 NORMAL_SETS = ("01234", "56789", "02468", "13579")
 """The splits of the public configurations."""
@@ -29,10 +30,11 @@ def write_digits(directory: str | os.PathLike, normal: str = "01234", seed: int 
         normal: the normal digits, e.g. "02468".
 
     Raises:
-        ModuleNotFoundError: scikit-learn is not installed.
+        MissingPackageError: scikit-learn is not installed.
         FileExistsError: there is something at `directory`.
         ValueError: not some of the ten digits, but not all.
     """
+    require("sklearn")
     from sklearn.datasets import load_digits
 
     directory = Path(directory)

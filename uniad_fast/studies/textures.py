@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .files import atomic_directory
-from .progress import progress
+from ..files import atomic_directory
+from ..progress import progress
+from .extra import require
 
 SIZE = 128
 TRAIN_SHARE = 0.6  # of a source's longer side
@@ -70,12 +71,13 @@ def write_textures(
         train_images, good_images, defective_images: for each class; the last for each kind of defect too.
 
     Raises:
-        ModuleNotFoundError: scikit-image is not installed.
+        MissingPackageError: scikit-image is not installed.
         FileExistsError: there is something at `directory`.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} is there already: choose another place")
+    require("skimage")
     parts = {name: _two_parts(source.read()) for name, source in SOURCES.items()}
     total = len(SOURCES) * (train_images + good_images + defective_images * len(DEFECTS))
     with atomic_directory(directory) as root, progress("textures", total, quiet=quiet) as bar:

@@ -1,0 +1,113 @@
+"""`uniad-fast study` and `uniad-fast data`: the paper's experiments, and data to make them on."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+
+from ..backbone import Backbone
+from ..cli_options import CacheDirectory, DataArgument, Device, ImageRoot, Quiet, exit_if_unreadable, reports_errors
+from ..data import load_dataset
+from ..files import atomic_path
+from .data import StudyData
+from .digits import write_digits
+from .extra import require
+from .figures import draw_curves, draw_maps
+from .study import plan, run_study
+from .tables import DETECTION, DETECTION_BY_MEAN, final_table, shortcut_table
+from .textures import write_textures
+
+data_app = typer.Typer(help="Make a data set (the extra [study] brings what they are made of).")
+
+
+def study(
+    name: Annotated[
+        Literal["shortcut", "ablation", "recipe"],
+        typer.Argument(
+            metavar="STUDY",
+            help="shortcut: MLP, CNN, Transformer and UniAD as the loss falls, one model for all classes and one for "
+            "each. ablation: the paper's parts on and off. recipe: each change of the fast recipe alone.",
+        ),
+    ],
+    data: DataArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; finished runs stay there.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds, from 0.")] = 3,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of every run, instead of the study's own.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed and an eighth of the epochs: a look.")] = False,
+    backbone: Annotated[str, typer.Option(help="timm model whose features are reconstructed.")] = (
+        "tf_efficientnet_lite0"
+    ),
+    backbone_weights: Annotated[Path | None, typer.Option(help="Weight file of the backbone.")] = None,
+    image_size: Annotated[int, typer.Option(min=32, help="Side that images are resized to, in pixels.")] = 128,
+    image_score: Annotated[
+        Literal["max", "mean"], typer.Option(help="How a map becomes an image's score, in the tables of UniADs.")
+    ] = "max",
+    image_root: ImageRoot = None,
+    cache: CacheDirectory = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train the systems that the paper compares and measure them as they learn.
+
+    The same command goes on where it was interrupted. Writes results.csv, table.md and the figures.
+    """
+    started = time.monotonic()
+    require("matplotlib")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    frozen = Backbone.pretrained(backbone, image_size, backbone_weights).to(where)
+    loaded = StudyData.load(load_dataset(data, image_root), frozen, image_size, cache, quiet)
+    planned = plan(name, loaded, seeds, epochs, quick)
+    typer.echo(f"{name} on {loaded.name}: {len(planned.trials)} runs of {len(planned.systems)} systems")
+    try:
+        rows = run_study(planned, loaded, output, where, quiet=quiet)
+    except KeyboardInterrupt:
+        typer.echo(f"what was done is in {output}: the same command goes on from there", err=True)
+        raise
+    written = [output / "results.csv", output / "table.md"]
+    if name == "shortcut":
+        table = shortcut_table(rows, planned.systems)
+        curves = {"shortcut": ["unified"], "unified-separate": ["unified", "separate"]}
+        if len(loaded.classes) == 1:
+            del curves["unified-separate"]
+        for file, settings in curves.items():
+            written.append(draw_curves(rows, planned.systems, settings, output / f"{file}.png", loaded.name))
+        maps = draw_maps(rows, planned.systems, loaded, output / "maps.png", f"{loaded.name}: AUROC's best epoch, last")
+        written += [maps] if maps else []
+    else:
+        table = final_table(rows, planned.systems, DETECTION if image_score == "max" else DETECTION_BY_MEAN)
+    with atomic_path(output / "table.md") as path:
+        path.write_text(table + "\n")
+    typer.echo("\n" + table + "\n")
+    for path in written:
+        typer.echo(f"wrote {path}")
+    typer.echo(f"took {(time.monotonic() - started) / 60:.1f} minutes")
+    exit_if_unreadable(loaded.unreadable)
+
+
+@data_app.command()
+@reports_errors
+def textures(
+    output: Annotated[Path, typer.Argument(help="New folder, in MVTec AD's layout.")],
+    train_images: Annotated[int, typer.Option(min=1, help="Good images to train on, for each class.")] = 48,
+    good_images: Annotated[int, typer.Option(min=1, help="Good images to test on, for each class.")] = 16,
+    defective_images: Annotated[int, typer.Option(min=1, help="For each class and kind of defect.")] = 4,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Eight classes of textures and photographs with six kinds of painted defects and exact masks."""
+    write_textures(output, train_images, good_images, defective_images, seed, quiet)
+    typer.echo(f"wrote {output}")
+
+
+@data_app.command()
+@reports_errors
+def digits(
+    output: Annotated[Path, typer.Argument(help="New folder, in MVTec AD's layout.")],
+    normal: Annotated[str, typer.Option(help="The normal digits; the others are the anomalies.")] = "01234",
+    seed: Annotated[int, typer.Option(help="Of the split into training and test.")] = 0,
+) -> None:
+    """Handwritten digits, five of them normal and five anomalous (after the paper's CIFAR-10 setting)."""
+    write_digits(output, normal, seed)
+    typer.echo(f"wrote {output}")

@@ -1,0 +1,181 @@
+"""The paper's experiments on any data set: which runs a study is made of, and running them, one after another."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import atomic_path
+from ..progress import progress
+from ..recipes import FAST, Recipe
+from ..training import epochs_and_steps
+from .data import StudyData
+from .systems import PART_SYSTEMS, SHORTCUT_SYSTEMS, System, recipe_systems, switch_systems
+from .trial import EVERY_CLASS, Trial, run_trial
+
+COLUMNS = (
+    "system", "setting", "seed", "class", "epoch", "seconds", "loss", "score",
+    "image_auroc_max", "image_auroc_mean", "pixel_auroc",
+)  # fmt: skip
+_PICTURED = 6
+
+SHORTCUT_RECIPE = replace(
+    FAST, name="shortcut", epochs=150, min_steps=0, schedule="constant", warmup=0.0, clip=1.0, score="l2"
+)
+"""A constant rate, so that nothing but the reconstruction's own progress moves the AUROC."""
+ABLATION_RECIPE = replace(FAST, name="ablation", epochs=20, min_steps=0)
+
+STUDIES = ("shortcut", "ablation", "recipe")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A name, and the runs: seed by seed, so that the first whole comparison is there early."""
+
+    name: str
+    trials: tuple[Trial, ...]
+
+    @property
+    def systems(self) -> list[str]:
+        """Names in the table's order."""
+        return list(dict.fromkeys(trial.system.name for trial in self.trials))
+
+
+def plan(name: str, data: StudyData, seeds: int = 3, epochs: int | None = None, quick: bool = False) -> Study:
+    """The runs of one of `STUDIES`.
+
+    Args:
+        seeds: how many, from 0.
+        epochs: of every run; None is the study's own.
+        quick: an eighth of the epochs, one seed and a third of the evaluations: to see it work, not to conclude.
+
+    Raises:
+        ValueError: no such study, or not even one seed.
+    """
+    if name not in STUDIES:
+        raise ValueError(f"study must be one of {', '.join(STUDIES)}, got {name!r}")
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    seeds = 1 if quick else seeds
+    recipe = SHORTCUT_RECIPE if name == "shortcut" else ABLATION_RECIPE if name == "ablation" else FAST
+    recipe = _with_epochs(recipe, epochs, quick)
+    grid = data.backbone.grid(data.image_size)
+    if name == "shortcut":
+        every = max(1, recipe.epochs // (5 if quick else 15))
+        pictured = pictured_rows(data)
+        settings: list[str | None] = [None, *(data.classes if len(data.classes) > 1 else [])]
+        trials = [
+            Trial(system, recipe, seed, setting, every, pictured=pictured if seed == 0 and setting is None else ())
+            for seed in range(seeds)
+            for setting in settings
+            for system in SHORTCUT_SYSTEMS
+        ]
+        return Study(name, tuple(trials))
+    systems: Sequence[System] = recipe_systems() if name == "recipe" else (*PART_SYSTEMS, *switch_systems(grid))
+    if quick:
+        systems = systems[: len(PART_SYSTEMS)]
+    trials = [
+        Trial(system, recipe, seed, None, max(1, recipe.epochs // 4), scores=("l2", "whitened"))
+        for seed in range(seeds)
+        for system in systems
+    ]
+    return Study(name, tuple(trials))
+
+
+def _with_epochs(recipe: Recipe, epochs: int | None, quick: bool) -> Recipe:
+    if epochs is not None:
+        return recipe.with_epochs(epochs)
+    return recipe.with_epochs(max(1, recipe.epochs // 8)) if quick else recipe
+
+
+def pictured_rows(data: StudyData) -> tuple[int, ...]:
+    """Rows of some defective test images, of different classes and kinds as far as there are."""
+    rows: list[int] = []
+    seen: set[str] = set()
+    for index, sample in enumerate(data.test):
+        if sample.defective and not {sample.class_name, sample.kind} & seen:
+            rows.append(index)
+            seen |= {sample.class_name, sample.kind}
+    rest = [i for i, sample in enumerate(data.test) if sample.defective and i not in rows]
+    return tuple((rows + rest)[:_PICTURED])
+
+
+def run_study(
+    study: Study, data: StudyData, output: Path, device: torch.device, impl: str | None = None, quiet: bool = False
+) -> list[dict[str, Any]]:
+    """Run what is not done yet, and write every measurement to OUTPUT/results.csv.
+
+    Args:
+        output: gets `runs/`, a file for each run: what is there is not run again.
+
+    Returns:
+        Rows with `COLUMNS`, and "grids" where there are pictures, see `run_trial`.
+
+    Raises:
+        ResumeError: `output` holds runs of another study; says what differs.
+    """
+    parts: dict[str | None, StudyData] = {None: data}
+    for trial in study.trials:
+        if trial.class_name is not None and trial.class_name not in parts:
+            parts[trial.class_name] = data.of_class(trial.class_name)
+    rows: list[dict[str, Any]] = []
+    images = [_images_to_train(trial, parts[trial.class_name]) for trial in study.trials]
+    with progress(study.name, sum(images), quiet=quiet) as bar:
+        done = 0
+        for number, (trial, total) in enumerate(zip(study.trials, images, strict=True), start=1):
+            bar.set_postfix_str(f"run {number}/{len(study.trials)}: {trial.name}", refresh=False)
+            epochs, _ = epochs_and_steps(len(parts[trial.class_name].train), trial.system.recipe(trial.recipe))
+
+            def move(epoch: int, start: int = done, share: float = total / epochs) -> None:
+                bar.update(start + round(epoch * share) - bar.n if not quiet else 0)
+
+            found = run_trial(trial, parts[trial.class_name], output / "runs", device, impl, move)
+            done += total
+            move(0, done)
+            own = {"system": trial.system.name, "setting": trial.setting, "seed": trial.seed}
+            # The mean over the one class of a separate run says nothing: that over all of them comes below.
+            rows += [own | row for row in found if trial.class_name is None or row["class"] != EVERY_CLASS]
+    rows += _means_of_separate(rows, data.classes)
+    write_rows(rows, COLUMNS, output / "results.csv")
+    return rows
+
+
+def _images_to_train(trial: Trial, data: StudyData) -> int:
+    recipe = trial.system.recipe(trial.recipe)
+    epochs, steps = epochs_and_steps(len(data.train), recipe)
+    return epochs * steps * recipe.batch_size
+
+
+def _means_of_separate(rows: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """For each system, seed, epoch and score, the mean over the models of one class each; seconds are added up."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["setting"] == "separate":
+            groups.setdefault((row["system"], row["seed"], row["epoch"], row["score"]), []).append(row)
+    means = []
+    for (system, seed, epoch, score), members in groups.items():
+        if len(members) == len(classes):
+            own = {"system": system, "setting": "separate", "seed": seed, "class": EVERY_CLASS, "epoch": epoch}
+            own |= {"score": score, "seconds": sum(row["seconds"] for row in members)}
+            averaged = ("loss", "image_auroc_max", "image_auroc_mean", "pixel_auroc")
+            means.append(own | {name: _mean([row[name] for row in members]) for name in averaged})
+    return means
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if len(defined) == len(values) else None
+
+
+def write_rows(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
+    """A CSV file of these columns, whole or not at all; floats with six digits, an empty field for None."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as partial, open(partial, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for row in rows:
+            values = (row[name] for name in columns)
+            writer.writerow([f"{v:.6g}" if isinstance(v, float) else "" if v is None else v for v in values])

@@ -1,0 +1,127 @@
+"""The systems that studies compare: a network, what it is built with, and what changes in the recipe with it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ..architecture import Architecture, build_model
+from ..baselines import CNN, MLP, PlainTransformer
+from ..neighborhood import Size
+from ..recipes import Recipe
+from ..reconstruction import Reconstructor
+
+NETWORKS = ("uniad", "mlp", "cnn", "transformer")
+
+
+@dataclass(frozen=True)
+class System:
+    """One line of a study's table.
+
+    Attributes:
+        name: as it stands in tables and figures.
+        network: one of `NETWORKS`.
+        options: for "uniad" of `Architecture`, for the others of their classes in `uniad_fast.baselines`.
+        changes: fields of the recipe that differ from the study's.
+    """
+
+    name: str
+    network: str = "uniad"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def recipe(self, base: Recipe) -> Recipe:
+        """The study's recipe with this system's changes."""
+        return replace(base, **self.changes)
+
+    def build(
+        self, channels: int, stride: int, feature_size: Size, recipe: Recipe, impl: str | None = None
+    ) -> Reconstructor:
+        """The network for a feature map.
+
+        Raises:
+            ValueError: there is no such network, or an option is out of range.
+        """
+        if self.network == "uniad":
+            architecture = Architecture(**self.options)
+            return build_model(channels, stride, feature_size, recipe, impl, architecture)
+        if self.network == "mlp":
+            return MLP(channels, stride, feature_size, **self.options)
+        if self.network == "cnn":
+            return CNN(channels, stride, feature_size, **self.options)
+        if self.network == "transformer":
+            return PlainTransformer(channels, stride, feature_size, dropout=recipe.dropout, impl=impl, **self.options)
+        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
+
+    def identity(self) -> dict[str, Any]:
+        """What a finished run of it is recognised by (JSON values)."""
+        return asdict(self)
+
+
+SHORTCUT_SYSTEMS = (
+    System("MLP", "mlp"),
+    System("CNN 1x1", "cnn", {"kernel_size": 1}),
+    System("CNN 3x3", "cnn", {"kernel_size": 3}),
+    System("Transformer", "transformer", {"query_embedding": "first"}),
+    System("Transformer, no query", "transformer", {"query_embedding": "none"}),
+    System("UniAD"),
+)
+"""Figure 2a of the paper, and its query ablation."""
+
+NO_JITTER: Mapping[str, Any] = {"jitter_prob": 0.0}
+FULL_ATTENTION: Mapping[str, Any] = {"mask": (False, False, False)}
+ONE_QUERY: Mapping[str, Any] = {"query_embedding": "first"}
+
+PART_SYSTEMS = (
+    System("UniAD: NMA, LQD, FJ"),
+    System("without NMA", options=FULL_ATTENTION),
+    System("without LQD", options=ONE_QUERY),
+    System("without FJ", changes=NO_JITTER),
+    System("NMA alone", options=ONE_QUERY, changes=NO_JITTER),
+    System("LQD alone", options=FULL_ATTENTION, changes=NO_JITTER),
+    System("FJ alone", options={**FULL_ATTENTION, **ONE_QUERY}),
+    System("none of them", options={**FULL_ATTENTION, **ONE_QUERY}, changes=NO_JITTER),
+    System("none, and no query", options={**FULL_ATTENTION, "query_embedding": "none"}, changes=NO_JITTER),
+)
+"""Each of the paper's three parts on and off."""
+
+
+def _places() -> list[System]:
+    """The mask in one place or two of the three."""
+    names = ("encoder", "decoder's first", "decoder's second")
+    flags = [(bool(i & 4), bool(i & 2), bool(i & 1)) for i in (4, 2, 1, 6, 5, 3)]
+    return [
+        System("mask in " + " and ".join(n for n, on in zip(names, f, strict=True) if on), options={"mask": f})
+        for f in flags
+    ]
+
+
+def switch_systems(feature_size: Size) -> tuple[System, ...]:
+    """Where the mask acts, its window, and the jitter's scale and probability, each alone."""
+    half = tuple(max(1, n // 2) for n in feature_size)
+    windows = [(n, n) for n in (1, 3, 5, 7) if n < min(feature_size) and (n, n) != half]
+    return (
+        *_places(),
+        *(System(f"window {h}x{w}", options={"neighbor_size": (h, w)}) for h, w in windows),
+        *(System(f"jitter scale {s:g}", changes={"jitter_scale": float(s)}) for s in (5, 10, 40)),
+        *(System(f"jitter probability {p:g}", changes={"jitter_prob": p}) for p in (0.25, 0.5)),
+    )
+
+
+def recipe_systems() -> tuple[System, ...]:
+    """The fast recipe, and each change of it alone."""
+    changes: dict[str, Mapping[str, Any]] = {
+        "the recipe": {},
+        "features not standardised": {"standardize": False},
+        "constant rate": {"schedule": "constant"},
+        "batch 8": {"batch_size": 8},
+        "batch 32": {"batch_size": 32},
+        "rate 5e-4": {"learning_rate": 5e-4},
+        "rate 2e-3": {"learning_rate": 2e-3},
+        "clip 0.1": {"clip": 0.1},
+        "queries from N(0, 1)": {"query_std": 1.0},
+        "dropout 0.1": {"dropout": 0.1},
+        "no jitter": NO_JITTER,
+        "jitter 10": {"jitter_scale": 10.0},
+        "float32": {"precision": "float32"},
+    }
+    return tuple(System(name, changes=change) for name, change in changes.items())

@@ -1,0 +1,92 @@
+"""A study's measurements as tables: mean and spread over seeds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from .trial import EVERY_CLASS
+
+Row = dict[str, Any]
+DETECTION, DETECTION_BY_MEAN, LOCALISATION = "image_auroc_max", "image_auroc_mean", "pixel_auroc"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation over seeds; the deviation of one seed is None."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(mean(values), stdev(values) if len(values) > 1 else None)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" + ("" if self.deviation is None else f" ± {self.deviation:.3f}")
+
+
+def means_over_classes(rows: Sequence[Row], system: str, setting: str, score: str) -> dict[int, list[Row]]:
+    """{seed: rows by epoch} of the mean over classes."""
+    by_seed: dict[int, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["epoch"]):
+        if (row["system"], row["setting"], row["score"], row["class"]) == (system, setting, score, EVERY_CLASS):
+            by_seed.setdefault(row["seed"], []).append(row)
+    return by_seed
+
+
+def has_masks(rows: Sequence[Row]) -> bool:
+    return any(row[LOCALISATION] is not None for row in rows)
+
+
+def shortcut_table(rows: Sequence[Row], systems: Sequence[str]) -> str:
+    """Markdown: of each system and setting the loss at the end, and of each AUROC the best, the last and the fall."""
+    metrics = {"image": DETECTION} | ({"pixel": LOCALISATION} if has_masks(rows) else {})
+    header = ["system", "setting", "last loss"]
+    header += [f"{name} AUROC, {which}" for name in metrics for which in ("best", "last", "fall")]
+    body = []
+    for setting in ("unified", "separate"):
+        for system in systems:
+            by_seed = means_over_classes(rows, system, setting, "l2")
+            if not by_seed:
+                continue
+            cells = [system, setting, f"{mean(seed[-1]['loss'] for seed in by_seed.values()):.4f}"]
+            for metric in metrics.values():
+                best = [max(row[metric] for row in seed) for seed in by_seed.values()]
+                last = [seed[-1][metric] for seed in by_seed.values()]
+                fall = [b - e for b, e in zip(best, last, strict=True)]
+                cells += [str(Spread.of(values)) for values in (best, last, fall)]
+            body.append(cells)
+    return _markdown(header, body)
+
+
+def final_table(rows: Sequence[Row], systems: Sequence[str], image_metric: str = DETECTION) -> str:
+    """Markdown: AUROC of each system at the end by each score, and how far from the first system's."""
+    metrics = {"image": image_metric} | ({"pixel": LOCALISATION} if has_masks(rows) else {})
+    scores = sorted({row["score"] for row in rows})
+    columns = [(f"{name} AUROC, {score}", score, metric) for score in scores for name, metric in metrics.items()]
+    header = ["system", *(part for name, *_ in columns for part in (name, "difference")), "seconds"]
+    body = []
+    for system in systems:
+        cells = [system]
+        for _, score, metric in columns:
+            here, first = (_last(rows, name, score, metric) for name in (system, systems[0]))
+            cells.append(str(Spread.of(list(here.values()))))
+            # Seed against seed: what a seed does to every system alike is no difference.
+            differences = [here[seed] - first[seed] for seed in here if seed in first]
+            cells.append("" if system == systems[0] else f"{mean(differences):+.3f}")
+        by_seed = means_over_classes(rows, system, "unified", scores[0])
+        cells.append(f"{mean(found[-1]['seconds'] for found in by_seed.values()):.0f}")
+        body.append(cells)
+    return _markdown(header, body)
+
+
+def _last(rows: Sequence[Row], system: str, score: str, metric: str) -> dict[int, float]:
+    """{seed: the metric's mean over classes at the end}."""
+    by_seed = means_over_classes(rows, system, "unified", score)
+    return {seed: found[-1][metric] for seed, found in by_seed.items()}
+
+
+def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -1,0 +1,209 @@
+"""One run of a study: a system trained on some classes with a seed, its quality measured as the loss falls."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..calibration import residual_whitening
+from ..files import atomic_path
+from ..metrics import detection_metrics
+from ..recipes import Recipe
+from ..scoring import Scorer, image_scores
+from ..training import ResumeError, channel_statistics, seeded_generators, train
+from .data import StudyData
+from .systems import System
+
+_BATCH = 64
+EVERY_CLASS = "mean"
+"""The class name of a row that is the mean over classes."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is run.
+
+    Attributes:
+        system: what is trained.
+        recipe: of the study; the system's changes come on top.
+        seed: of initial values, batch order and noise.
+        class_name: the one class trained and tested on (the separate setting); None is all in one model (unified).
+        every: epochs between two evaluations; the first epoch and the last are evaluated too.
+        scores: how residuals are scored, of `uniad_fast.scoring.SCORES`.
+        pictured: rows of the test set whose maps are kept.
+    """
+
+    system: System
+    recipe: Recipe
+    seed: int
+    class_name: str | None
+    every: int
+    scores: tuple[str, ...] = ("l2",)
+    pictured: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """A file name."""
+        words = [self.system.name, self.class_name or "unified", f"seed {self.seed}"]
+        return "-".join("".join(c if c.isalnum() or c == "." else "_" for c in word) for word in words)
+
+    @property
+    def setting(self) -> str:
+        return "unified" if self.class_name is None else "separate"
+
+    def evaluates(self, epoch: int) -> bool:
+        """Whether there is an evaluation after so many epochs."""
+        return epoch == 1 or epoch % self.every == 0 or epoch == self.recipe.epochs
+
+    def identity(self, data: StudyData, impl: str | None) -> dict[str, Any]:
+        """What a finished run is recognised by (JSON values)."""
+        content = {
+            "system": self.system.identity(),
+            "recipe": asdict(self.recipe),
+            "seed": self.seed,
+            "class": self.class_name,
+            "every": self.every,
+            "scores": self.scores,
+            "features": data.key,
+            "image_size": data.image_size,
+            "impl": impl,
+        }
+        return json.loads(json.dumps(content))
+
+
+def run_trial(
+    trial: Trial,
+    data: StudyData,
+    directory: Path,
+    device: torch.device,
+    impl: str | None = None,
+    after_epoch: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Train and measure, or read what an earlier call measured; an interrupted one goes on.
+
+    Args:
+        directory: gets NAME.json when the run is done, and NAME.training/ until then.
+        after_epoch: called with the number of epochs done.
+
+    Returns:
+        One row for each evaluation, class and score: {"epoch", "seconds" of training so far, "loss" of the epoch,
+        "score", "class", "image_auroc_max", "image_auroc_mean", "pixel_auroc" (None without masks), and "grids" of
+        the pictured images in the row of `EVERY_CLASS`}.
+
+    Raises:
+        ResumeError: `directory` holds a run of this name that is not this one; says what differs.
+    """
+    identity = trial.identity(data, impl)
+    finished = directory / f"{trial.name}.json"
+    if finished.exists():
+        return _read_finished(finished, identity)
+    work_dir = directory / f"{trial.name}.training"
+    measured_path = work_dir / "measured.json"
+    measured: dict[str, list[dict[str, Any]]] = json.loads(measured_path.read_text()) if measured_path.exists() else {}
+    recipe = trial.system.recipe(trial.recipe)
+    backbone = data.backbone
+    with seeded_generators(trial.seed, device):
+        model = trial.system.build(backbone.channels, backbone.stride, backbone.grid(data.image_size), recipe, impl)
+    scorer = Scorer(backbone, model, data.image_size, recipe.precision, whitened="whitened" in trial.scores)
+    if recipe.standardize:
+        scorer.mean, scorer.std = channel_statistics(data.train_tokens)
+    scorer.to(device)
+
+    def measure(epoch: int) -> None:
+        if trial.evaluates(epoch):
+            measured[str(epoch)] = _measure(scorer, data, trial)
+            with atomic_path(measured_path) as path:
+                path.write_text(json.dumps(measured))
+        if after_epoch is not None:
+            after_epoch(epoch)
+
+    train(
+        model,
+        data.train_tokens,
+        recipe,
+        trial.seed,
+        scorer.mean,
+        scorer.std,
+        work_dir,
+        {"trial": identity},
+        resume=True,
+        quiet=True,
+        after_epoch=measure,
+    )
+    losses, seconds = _epochs_of_log(work_dir / "log.csv")
+    rows = [
+        {"epoch": int(epoch), "seconds": seconds[int(epoch)], "loss": losses[int(epoch)], **row}
+        for epoch, found in sorted(measured.items(), key=lambda item: int(item[0]))
+        for row in found
+    ]
+    with atomic_path(finished) as path:
+        path.write_text(json.dumps({"identity": identity, "rows": rows}))
+    shutil.rmtree(work_dir)
+    return rows
+
+
+def _read_finished(path: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text())
+        was, rows = content["identity"], content["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResumeError(f"{path} is damaged ({error}): remove it to run it again") from None
+    differing = [f"{n}: was {was.get(n)}, is {identity[n]}" for n in identity if was.get(n) != identity[n]]
+    if differing:
+        raise ResumeError(f"{path} is of another study ({'; '.join(differing)}): choose another output folder")
+    return rows
+
+
+def _measure(scorer: Scorer, data: StudyData, trial: Trial) -> list[dict[str, Any]]:
+    """Rows of one evaluation, without the training's figures."""
+    if scorer.whitening is not None:
+        scorer.whitening = residual_whitening(scorer, data.train_tokens).to(scorer.device)
+    grids: dict[str, list[torch.Tensor]] = {score: [] for score in trial.scores}
+    for start in range(0, len(data.test), _BATCH):
+        residual = scorer.residual(torch.from_numpy(np.array(data.test_tokens[start : start + _BATCH])))
+        for score in trial.scores:
+            grids[score].append(scorer.norm(residual, score).cpu())
+    rows: list[dict[str, Any]] = []
+    for score in trial.scores:
+        grid = torch.cat(grids[score])
+        by_class = [_measure_class(scorer, data, grid, name) for name in data.classes]
+        mean = {
+            name: None if by_class[0][name] is None else float(np.mean([row[name] for row in by_class]))
+            for name in by_class[0]
+        }
+        pictures = {str(row): grid[row].tolist() for row in trial.pictured}
+        rows += [{"score": score, "class": n, **row} for n, row in zip(data.classes, by_class, strict=True)]
+        rows.append({"score": score, "class": EVERY_CLASS, **mean, "grids": pictures})
+    return rows
+
+
+def _measure_class(scorer: Scorer, data: StudyData, grids: torch.Tensor, name: str) -> dict[str, float | None]:
+    rows = [i for i, sample in enumerate(data.test) if sample.class_name == name]
+    labels = [data.test[i].defective for i in rows]
+    maps = scorer.enlarge(grids[rows])
+    image = {
+        f"image_auroc_{kind}": detection_metrics(image_scores(maps, kind).numpy(), labels).values["auroc"]
+        for kind in ("max", "mean")
+    }
+    pixel = None
+    if data.masks is not None:
+        pixel = detection_metrics(maps.numpy().ravel(), data.masks[rows].ravel()).values["auroc"]
+    return {**image, "pixel_auroc": pixel}
+
+
+def _epochs_of_log(path: Path) -> tuple[dict[int, float], dict[int, float]]:
+    """(mean loss, seconds of training until its end) by the number of the epoch, from 1."""
+    losses: dict[int, list[float]] = {}
+    seconds: dict[int, float] = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            epoch = int(row["epoch"]) + 1
+            losses.setdefault(epoch, []).append(float(row["loss"]))
+            seconds[epoch] = float(row["seconds"])
+    return {epoch: float(np.mean(values)) for epoch, values in losses.items()}, seconds
