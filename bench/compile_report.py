@@ -1,6 +1,6 @@
 """Compiles every shipped kernel for every chip and prints what came out. Needs no GPU; nothing here is measured.
 
-python bench/compile_report.py [--chip sm_90 ...] [--quick]
+python bench/compile_report.py [--chip sm_90 ...] [--dtype bf16 ...] [--quick]
 """
 
 import argparse
@@ -43,9 +43,10 @@ def problems(build: Build, chip: Chip, result: Result) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", action="append", choices=[chip.name for chip in CHIPS], help="only these")
+    parser.add_argument("--dtype", action="append", choices=["fp32", "bf16", "fp16"], help="only these")
     parser.add_argument("--quick", action="store_true", help="the paper's head width and channels only")
     options = parser.parse_args()
-    dtypes, widths = ("fp32", "bf16", "fp16"), (32,) if options.quick else (16, 32, 64, 128)
+    dtypes, widths = tuple(options.dtype or ("fp32", "bf16", "fp16")), (32,) if options.quick else (16, 32, 64, 128)
     print(HEADER)
     unfit = []
     for chip in CHIPS:

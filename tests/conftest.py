@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# Before the first import of torch: tests side by side share the processor instead of fighting over it.
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+
 import numpy as np
 import pytest
 import torch

@@ -15,10 +15,10 @@ BENCH = Path(__file__).parents[1] / "bench"
 def test_the_papers_kernels_fit(chip):
     """A process of its own: this one has the kernels under the interpreter. The report itself says what is unfit."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "compile_report.py", "--quick", "--chip", chip]
+    command = [sys.executable, "compile_report.py", "--quick", "--chip", chip, "--dtype", "fp32", "--dtype", "bf16"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=BENCH, env=environment)
     assert result.returncode == 0, result.stderr
     assert "all fit: no spill" in result.stdout, result.stdout[-3000:]
-    # In 3 dtypes: 3 attention kernels with and without dropout, 3 of jitter, 4 between products. In 2, off Blackwell:
+    # In 2 dtypes: 3 attention kernels with and without dropout, 3 of jitter, 4 between products. Off Blackwell in bf16:
     # whole sequences, with and without.
-    assert result.stdout.count(chip) == 39 + (0 if chip == "sm_100" else 4)
+    assert result.stdout.count(chip) == 26 + (0 if chip == "sm_100" else 2)

@@ -154,3 +154,8 @@ def test_two_processes_at_once(backbone_weights, paths, tmp_path):
     assert sums[0] == sums[1]
     info = json.loads(next((tmp_path / "cache").glob("*.json")).read_text())
     assert info["shape"][0] == 7
+
+
+def test_no_images(extract):
+    features = extract([])
+    assert features.tokens.shape[0] == 0 and features.used == [] and extract([]).unreadable == []

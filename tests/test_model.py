@@ -247,3 +247,23 @@ def test_bad_construction_is_named(changes, message):
 def test_bad_feature_is_named(shape):
     with pytest.raises(ValueError, match=r"feature_align must be \[B, 12, 5, 6\]"):
         build()({"feature_align": torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("query_embedding", ["every", "first", "none"])
+def test_query_embedding_is_where_it_says(query_embedding):
+    """The other options hold with each of them: masks act, and the learned queries move what comes out."""
+    model = build(query_embedding=query_embedding, dropout=0.0, feature_jitter=None)
+    names = [name for name, _ in model.named_parameters() if "learned_embed" in name]
+    assert len(names) == {"every": 2, "first": 1, "none": 0}[query_embedding]
+    x = feature()
+    out = model({"feature_align": x})["feature_rec"]
+    full = build(query_embedding=query_embedding, dropout=0.0, feature_jitter=None, neighbor_mask=None)
+    full.load_state_dict(model.state_dict())
+    assert not torch.allclose(full({"feature_align": x})["feature_rec"], out)
+    nn.functional.mse_loss(out, x).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_query_embedding_of_another_kind_is_named():
+    with pytest.raises(ValueError, match="query_embedding must be one of every, first, none, got 'last'"):
+        build(query_embedding="last")

@@ -68,7 +68,8 @@ def test_equals_a_double_loop(impl, feature_size, neighbor_size):
 @pytest.mark.parametrize(("impl", "dtype"), impls_and_dtypes())
 @pytest.mark.parametrize(("feature_size", "neighbor_size"), SHAPES)
 def test_forward_and_gradients_within_budget(impl, feature_size, neighbor_size, dtype):
-    tensors = inputs(feature_size, dtype=dtype)
+    few = 1 if impl == "triton" and math.prod(feature_size) > 190 else 2  # the interpreter takes minutes otherwise
+    tensors = inputs(feature_size, batch=few, heads=few, dtype=dtype)
     weight = torch.randn_like(tensors[1])
 
     def run(impl, *tensors):

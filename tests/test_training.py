@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from uniad_fast.architecture import build_model
+from uniad_fast.architecture import Architecture, build_model
 from uniad_fast.recipes import FAST, PAPER
 from uniad_fast.training import ResumeError, channel_statistics, train
 
 TOKENS = np.random.default_rng(0).normal(2, 3, (12, 16, 6)).astype(np.float32)
+SMALL = Architecture(hidden_dim=32, nhead=4, num_encoder_layers=1, num_decoder_layers=2, dim_feedforward=64)
 RECIPE = replace(FAST, epochs=4, min_steps=0, batch_size=5, precision="float32", dropout=0.1)
 
 
 def run(directory, recipe=RECIPE, seed=0, tokens=TOKENS, **options):
     torch.manual_seed(seed)
-    model = build_model(6, 16, (4, 4), recipe)
+    model = build_model(6, 16, (4, 4), recipe, architecture=SMALL)
     train(model, tokens, recipe, seed, *channel_statistics(tokens), directory, {}, quiet=True, **options)
     return model
 
@@ -48,7 +49,7 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_users_generator_alo
     torch.manual_seed(77)
     expected = torch.rand(3)
     torch.manual_seed(77)
-    model = build_model(6, 16, (4, 4), RECIPE)
+    model = build_model(6, 16, (4, 4), RECIPE, architecture=SMALL)
     torch.manual_seed(77)
     train(model, TOKENS, RECIPE, 0, *channel_statistics(TOKENS), tmp_path / "c", {}, quiet=True)
     assert torch.equal(torch.rand(3), expected)
@@ -80,7 +81,7 @@ KILLED = """
 LONG = replace(RECIPE, epochs=20)
 
 
-@pytest.mark.parametrize("kills", [1, 3])
+@pytest.mark.parametrize("kills", [2])
 def test_sigkill_at_any_moment_loses_at_most_an_interval(tmp_path, kills):
     unbroken = run(tmp_path / "unbroken", LONG).state_dict()
     directory = tmp_path / "killed"
@@ -145,3 +146,29 @@ def test_the_papers_schedule_falls_at_four_fifths(tmp_path):
     run(tmp_path, replace(PAPER, epochs=5, batch_size=6))
     rates = [float(row["learning_rate"]) for row in rows(tmp_path)]
     assert rates == pytest.approx([1e-4] * 8 + [1e-5] * 2)
+
+
+def test_after_each_epoch_the_model_is_evaluated_and_the_clock_stands(tmp_path):
+    seen = []
+    torch.manual_seed(0)
+    model = build_model(6, 16, (4, 4), RECIPE, architecture=SMALL)
+
+    def look(epoch):
+        assert not model.training
+        seen.append(epoch)
+        time.sleep(0.2)
+
+    started = time.monotonic()
+    train(model, TOKENS, RECIPE, 0, *channel_statistics(TOKENS), tmp_path, {}, quiet=True, after_epoch=look)
+    assert seen == [1, 2, 3, 4]
+    assert float(rows(tmp_path)[-1]["seconds"]) <= time.monotonic() - started - 3 * 0.2  # the last row is of before 4
+    plain = run(tmp_path / "plain")
+    for (name, looked), unwatched in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(looked, unwatched), name
+
+
+def test_a_constant_rate_and_an_unknown_schedule(tmp_path):
+    run(tmp_path, replace(RECIPE, schedule="constant"))
+    assert {float(row["learning_rate"]) for row in rows(tmp_path)} == {RECIPE.learning_rate}
+    with pytest.raises(ValueError, match="got 'cosine'"):
+        run(tmp_path, replace(RECIPE, schedule="cosine"))

@@ -5,6 +5,7 @@ each has about the parameters of its neighbours, and are written down with the r
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,11 +17,15 @@ from .reconstruction import Reconstructor
 
 
 class MLP(Reconstructor):
-    """Fully connected layers on each token alone, with ReLU and LayerNorm between them.
+    """Fully connected layers on each token alone, with ReLU between them.
 
     Args:
         inplanes, instrides, feature_size: as in `Reconstructor`.
-        hidden_dim, num_layers: width and number of the layers between the first and the last.
+        num_layers: of them; one alone is the linear map of the paper's analysis (section 3.1).
+        hidden_dim: width between them.
+
+    Raises:
+        ValueError: `num_layers` is below 1.
     """
 
     def __init__(
@@ -28,15 +33,15 @@ class MLP(Reconstructor):
         inplanes: Sequence[int] | int,
         instrides: Sequence[int] | int,
         feature_size: Size,
-        hidden_dim: int = 256,
-        num_layers: int = 4,
+        num_layers: int = 3,
+        hidden_dim: int = 512,
     ) -> None:
         super().__init__(inplanes, instrides, feature_size)
-        widths = [self.inplanes, *[hidden_dim] * (num_layers + 1)]
+        widths = _widths(self.inplanes, num_layers, hidden_dim)
         layers: list[nn.Module] = []
-        for inner, outer in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Linear(inner, outer), nn.LayerNorm(outer), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(hidden_dim, self.inplanes))
+        for inner, outer in pairwise(widths):
+            layers += [nn.Linear(inner, outer), nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-1])
         initialize(self, method="xavier_uniform")
 
     def reconstruct(self, tokens: Tensor) -> Tensor:
@@ -50,10 +55,11 @@ class CNN(Reconstructor):
     Args:
         inplanes, instrides, feature_size: as in `Reconstructor`.
         kernel_size: odd; 1 sees a token alone, 3 its neighbours too.
-        hidden_dim, num_layers: channels and number of the layers between the first and the last.
+        num_layers: of them; one alone is linear.
+        hidden_dim: channels between them.
 
     Raises:
-        ValueError: `kernel_size` is even.
+        ValueError: `kernel_size` is even, or `num_layers` below 1.
     """
 
     def __init__(
@@ -62,19 +68,16 @@ class CNN(Reconstructor):
         instrides: Sequence[int] | int,
         feature_size: Size,
         kernel_size: int = 3,
+        num_layers: int = 3,
         hidden_dim: int = 256,
-        num_layers: int = 4,
     ) -> None:
         super().__init__(inplanes, instrides, feature_size)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-        widths = [self.inplanes, *[hidden_dim] * (num_layers + 1)]
         layers: list[nn.Module] = []
-        for inner, outer in zip(widths[:-1], widths[1:], strict=True):
-            convolution = nn.Conv2d(inner, outer, kernel_size, padding=kernel_size // 2, bias=False)
-            layers += [convolution, nn.BatchNorm2d(outer), nn.ReLU()]
-        last = nn.Conv2d(hidden_dim, self.inplanes, kernel_size, padding=kernel_size // 2)
-        self.layers = nn.Sequential(*layers, last)
+        for inner, outer in pairwise(_widths(self.inplanes, num_layers, hidden_dim)):
+            layers += [nn.Conv2d(inner, outer, kernel_size, padding=kernel_size // 2), nn.BatchNorm2d(outer), nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-2])
         initialize(self, method="xavier_uniform")
 
     def reconstruct(self, tokens: Tensor) -> Tensor:
@@ -113,3 +116,9 @@ class PlainTransformer(UniAD):
         super().__init__(
             inplanes, instrides, feature_size, None, None, query_embedding=query_embedding, **(defaults | options)
         )
+
+
+def _widths(ends: int, num_layers: int, between: int) -> list[int]:
+    if num_layers < 1:
+        raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+    return [ends, *[between] * (num_layers - 1), ends]

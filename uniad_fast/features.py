@@ -167,7 +167,7 @@ class _PartialCache:
         info = {"shape": [len(self._state["used"]), *shape]} | self._state
         with atomic_path(info_path) as path:
             path.write_text(json.dumps(info))
-        self._state_path.unlink()
+        self._state_path.unlink(missing_ok=True)  # there is none of no images
 
 
 def _open(rows_path: Path, info: dict[str, Any], key: str) -> Features:

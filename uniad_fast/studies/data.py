@@ -47,6 +47,7 @@ class StudyData:
             DataError: a class has no good image to train on, or not both kinds to test on.
             UnreadableImage: a mask can't be read.
         """
+        _check_classes(dataset.name, dataset.train, dataset.test)
         good = cached_features(
             backbone, image_size, [s.path for s in dataset.train], cache_dir, "features of training images", quiet
         )

@@ -1,0 +1,30 @@
+"""What "auto" means where, and that autocast follows it."""
+
+import pytest
+import torch
+
+from uniad_fast import precision
+from uniad_fast.precision import autocast, computes_in_bfloat16
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    yield
+    precision._multiplies_bfloat16.cache_clear()
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_auto_follows_the_processor(has_it, monkeypatch):
+    precision._multiplies_bfloat16.cache_clear()
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_it)
+    cpu = torch.device("cpu")
+    assert computes_in_bfloat16("auto", cpu) == has_it
+    assert computes_in_bfloat16("bfloat16", cpu) and not computes_in_bfloat16("float32", cpu)
+    with autocast("auto", cpu):
+        product = torch.randn(2, 3) @ torch.randn(3, 2)
+    assert product.dtype == (torch.bfloat16 if has_it else torch.float32)
+
+
+def test_another_name_is_refused():
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, auto, got 'float16'"):
+        computes_in_bfloat16("float16", torch.device("cpu"))

@@ -1,0 +1,229 @@
+"""Studies: what is measured is right, what was done is not done again, tables and figures say what was measured."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import BACKBONE
+from PIL import Image
+from typer.testing import CliRunner
+
+from uniad_fast import AnomalyDetector
+from uniad_fast.backbone import Backbone
+from uniad_fast.cli import app
+from uniad_fast.data import DataError, Dataset, load_dataset
+from uniad_fast.evaluation import evaluate
+from uniad_fast.recipes import FAST
+from uniad_fast.studies import study, trial
+from uniad_fast.studies.data import StudyData
+from uniad_fast.studies.study import plan, run_study
+from uniad_fast.studies.systems import PART_SYSTEMS, SHORTCUT_SYSTEMS, System, recipe_systems, switch_systems
+from uniad_fast.studies.tables import final_table, shortcut_table
+from uniad_fast.studies.trial import EVERY_CLASS, Trial, run_trial
+from uniad_fast.training import ResumeError
+
+CPU = torch.device("cpu")
+RECIPE = replace(FAST, epochs=4, min_steps=0, batch_size=4, precision="float32")
+MLP = SHORTCUT_SYSTEMS[0]
+SMALL = dict(hidden_dim=32, nhead=4, num_encoder_layers=1, num_decoder_layers=2, dim_feedforward=64)
+UNIAD = System("UniAD", options=SMALL)
+METRICS = ("image_auroc_max", "image_auroc_mean", "pixel_auroc")
+
+
+@pytest.fixture(scope="module")
+def two_classes(made_up_classes, tmp_path_factory):
+    root = tmp_path_factory.mktemp("study") / "two"
+    for name in ("class0", "class1"):
+        shutil.copytree(made_up_classes / name, root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def backbone(backbone_weights):
+    return Backbone.pretrained(BACKBONE, 64, backbone_weights)
+
+
+@pytest.fixture(scope="module")
+def data(two_classes, backbone, tmp_path_factory):
+    return StudyData.load(load_dataset(two_classes), backbone, 64, tmp_path_factory.mktemp("cache"), quiet=True)
+
+
+def without_seconds(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_a_measurement_is_the_librarys_own_evaluation(data, backbone, tmp_path, monkeypatch):
+    """What `evaluate` finds from the images, the study finds from their features."""
+    scorers = []
+    measure = trial._measure
+    monkeypatch.setattr(trial, "_measure", lambda scorer, *a: scorers.append(scorer) or measure(scorer, *a))
+    one = Trial(MLP, replace(RECIPE, standardize=False), 0, None, every=4)
+    rows = [row for row in run_trial(one, data, tmp_path, CPU) if row["epoch"] == 4]
+    detector = AnomalyDetector.from_parts(backbone, scorers[-1].model, image_size=64)
+    found = evaluate(detector, data.test, quiet=True)
+    for row in rows:
+        expected = found.mean if row["class"] == EVERY_CLASS else found.by_class[row["class"]]
+        assert row["image_auroc_max"] == pytest.approx(expected["image_auroc"])
+        assert row["pixel_auroc"] == pytest.approx(expected["pixel_auroc"], abs=1e-6)
+
+
+@pytest.mark.parametrize("system", [SHORTCUT_SYSTEMS[2], UNIAD], ids=lambda s: s.name)
+def test_an_interrupted_run_goes_on_to_the_same_numbers(system, data, tmp_path, monkeypatch):
+    one = Trial(system, RECIPE, 3, None, every=2, scores=("l2", "whitened"), pictured=(5,))
+    unbroken = run_trial(one, data, tmp_path / "unbroken", CPU)
+    assert sorted({row["epoch"] for row in unbroken}) == [1, 2, 4]
+    assert {row["score"] for row in unbroken} == {"l2", "whitened"}
+    train = trial.train  # with a checkpoint after every step instead of every minute
+    monkeypatch.setattr(trial, "train", lambda *a, **options: train(*a, **options, checkpoint_seconds=0.0))
+    for stop in (1, 3):
+
+        def interrupt(epoch, stop=stop):
+            if epoch == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_trial(one, data, tmp_path / "broken", CPU, after_epoch=interrupt)
+        assert not list((tmp_path / "broken").glob("*.json"))
+    assert without_seconds(run_trial(one, data, tmp_path / "broken", CPU)) == without_seconds(unbroken)
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == [f"{one.name}.json"]
+
+
+def test_a_finished_run_is_read_and_another_one_refused(data, tmp_path, monkeypatch):
+    one = Trial(MLP, RECIPE, 0, "class0", every=2)
+    rows = run_trial(one, data.of_class("class0"), tmp_path, CPU)
+    monkeypatch.setattr(trial, "train", None)
+    assert run_trial(one, data.of_class("class0"), tmp_path, CPU) == rows
+    with pytest.raises(ResumeError, match="every: was 2, is 3.*another output folder"):
+        run_trial(replace(one, every=3), data.of_class("class0"), tmp_path, CPU)
+    (tmp_path / f"{one.name}.json").write_text('{"rows"')
+    with pytest.raises(ResumeError, match="damaged"):
+        run_trial(one, data.of_class("class0"), tmp_path, CPU)
+
+
+def test_a_separate_model_sees_its_class_alone(data):
+    part = data.of_class("class1")
+    assert {s.class_name for s in part.train + part.test} == {"class1"} and part.classes == ["class1"]
+    rows = [i for i, s in enumerate(data.test) if s.class_name == "class1"]
+    assert (part.test_tokens == data.test_tokens[rows]).all() and (part.masks == data.masks[rows]).all()
+    assert len(part.train_tokens) == len(part.train) == 8
+
+
+def test_every_run_of_a_study_is_measured_and_the_mean_is_over_classes(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "SHORTCUT_SYSTEMS", (MLP, UNIAD))
+    planned = plan("shortcut", data, seeds=2, epochs=2)
+    assert len(planned.trials) == 2 * 2 * 3 and planned.trials[0].seed == 0 and planned.trials[-1].seed == 1
+    rows = run_study(planned, data, tmp_path, CPU, quiet=True)
+    assert len(list((tmp_path / "runs").glob("*.json"))) == 12
+    with open(tmp_path / "results.csv", newline="") as file:
+        written = list(csv.DictReader(file))
+    assert len(written) == len(rows) == 2 * 2 * 2 * 2 * 3  # seeds, systems, settings, epochs, classes and their mean
+    for setting in ("unified", "separate"):
+        group = [r for r in rows if (r["system"], r["setting"], r["seed"], r["epoch"]) == ("MLP", setting, 1, 2)]
+        by_class = {r["class"]: r for r in group}
+        assert set(by_class) == {"class0", "class1", EVERY_CLASS}
+        for metric in METRICS:
+            mean = (by_class["class0"][metric] + by_class["class1"][metric]) / 2
+            assert by_class[EVERY_CLASS][metric] == pytest.approx(mean)
+    losses = {r["loss"] for r in rows if r["setting"] == "unified" and r["system"] == "MLP"}
+    assert len(losses) == 4 and all(np.isfinite(loss) and loss > 0 for loss in losses)
+
+
+def row(system, seed, epoch, value, setting="unified", pixel=None, score="l2"):
+    values = dict(image_auroc_max=value, image_auroc_mean=value / 2, pixel_auroc=pixel, loss=1 / epoch, seconds=epoch)
+    return dict(system=system, setting=setting, seed=seed, epoch=epoch, score=score, **{"class": EVERY_CLASS}, **values)
+
+
+def test_the_tables_say_what_was_measured():
+    rows = [
+        *(row("A", 0, e, v) for e, v in ((1, 0.6), (2, 0.9), (4, 0.7))),
+        *(row("A", 1, e, v) for e, v in ((1, 0.8), (2, 0.7), (4, 0.6))),
+        *(row("B", s, 4, v, pixel=0.5) for s, v in ((0, 0.8), (1, 0.8))),
+    ]
+    line = shortcut_table(rows[:6], ["A", "missing"]).splitlines()[2]
+    # Best 0.9 and 0.8, last 0.7 and 0.6, fall 0.2 in both.
+    assert line == "| A | unified | 0.2500 | 0.850 ± 0.071 | 0.650 ± 0.071 | 0.200 ± 0.000 |"
+    rows = [r | {"pixel_auroc": 0.25 if r["system"] == "A" else 0.5} for r in rows]
+    head, _, first, second = final_table(rows, ["A", "B"]).splitlines()
+    assert head == "| system | image AUROC, l2 | difference | pixel AUROC, l2 | difference | seconds |"
+    assert first == "| A | 0.650 ± 0.071 |  | 0.250 ± 0.000 |  | 4 |"
+    assert second == "| B | 0.800 ± 0.000 | +0.150 | 0.500 ± 0.000 | +0.250 | 4 |"
+
+
+def test_every_system_is_what_its_name_says():
+    grid, recipe = (8, 8), replace(FAST, epochs=1)
+    systems = [*SHORTCUT_SYSTEMS, *PART_SYSTEMS, *switch_systems(grid), *recipe_systems()]
+    for names in (SHORTCUT_SYSTEMS, (*PART_SYSTEMS, *switch_systems(grid)), recipe_systems()):
+        identities = [json.dumps([s.network, s.options, s.changes], default=list, sort_keys=True) for s in names]
+        assert len(set(identities)) == len({s.name for s in names}) == len(names)
+    for system in systems:
+        own = system.recipe(recipe)
+        network = system.build(12, 16, grid, own)
+        assert network.reconstruct(torch.randn(2, 64, 12)).shape == (2, 64, 12), system.name
+        if system.network != "uniad":
+            continue
+        layers = network.transformer.decoder.layers
+        attentions = [network.transformer.encoder.layers[0].self_attn, layers[0].self_attn, layers[0].multihead_attn]
+        windows = [attention.neighbor_size for attention in attentions]
+        if "FULL" in system.name or system.name in ("without NMA", "LQD alone", "FJ alone", "none of them"):
+            assert windows == [None] * 3
+        elif system.name == "mask in encoder":
+            assert windows == [(4, 4), None, None]
+        elif system.name.startswith("window"):
+            assert windows == [tuple(map(int, system.name.split()[1].split("x")))] * 3
+        if "jitter" in system.name or "FJ" in system.name:
+            assert (network.jitter_scale, network.jitter_prob) == (own.jitter_scale, own.jitter_prob)
+    assert {s.name: s.recipe(recipe).jitter_prob for s in PART_SYSTEMS}["without FJ"] == 0.0
+    with pytest.raises(ValueError, match="'gru'"):
+        System("x", "gru").build(12, 16, grid, recipe)
+
+
+def test_data_that_can_not_be_studied_is_named(data, backbone, tmp_path):
+    for broken, message in (
+        (Dataset("d", data.train, []), "no test images"),
+        (Dataset("d", [], data.test), "'class0' of d has no good image"),
+        (Dataset("d", data.train, [s for s in data.test if s.defective]), "one kind alone"),
+    ):
+        with pytest.raises(DataError, match=message):
+            StudyData.load(broken, backbone, 64, tmp_path, quiet=True)
+    with pytest.raises(ValueError, match="'speed'"):
+        plan("speed", data)
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.output
+
+
+@pytest.mark.parametrize(("name", "pictures"), [("shortcut", 3), ("ablation", 0)])
+def test_the_command_line(name, pictures, two_classes, backbone_weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "PART_SYSTEMS", (UNIAD, replace(UNIAD, name="again")))
+    monkeypatch.setattr(study, "SHORTCUT_SYSTEMS", (MLP, UNIAD))
+    options = ["--backbone", BACKBONE, "--backbone-weights", backbone_weights, "--image-size", 64]
+    options += ["--cache", tmp_path / "cache", "--quiet", "--quick", "--epochs", 2]
+    output = tmp_path / "out"
+    text = call("study", name, two_classes, "-o", output, *options)
+    table = (output / "table.md").read_text()
+    assert table in text and ("UniAD" in table) and "±" not in table
+    drawn = sorted(output.glob("*.png"))
+    assert len(drawn) == pictures
+    for path in drawn:
+        assert len(np.unique(np.asarray(Image.open(path)))) > 50, path
+    written = (output / "results.csv").read_text()
+    monkeypatch.setattr(trial, "train", None)  # what is done is not done again
+    call("study", name, two_classes, "-o", output, *options)
+    assert (output / "results.csv").read_text() == written and (output / "table.md").read_text() == table
+    text = call("study", name, two_classes, "-o", output, *options[:-1], 3, code=2)
+    assert "another study" in text and "choose another output folder" in text
+
+
+def test_data_commands(tmp_path):
+    call("data", "digits", tmp_path / "digits", "--normal", "13579")
+    assert len(load_dataset(tmp_path / "digits").train) > 400
+    few = ["--train-images", 1, "--good-images", 1, "--defective-images", 1, "--quiet"]
+    call("data", "textures", tmp_path / "textures", *few)
+    assert "is there already" in call("data", "textures", tmp_path / "textures", *few, code=2)
