@@ -13,8 +13,9 @@ PACKAGE = ROOT / "uniad_fast"
 LAYERS = [
     {"noise", "neighborhood", "files", "kept", "progress", "images", "metrics", "precision"},
     {"recipes", "initialize", "registered"},
+    {"optimization"},
     {"impls", "reference", "stock", "autograd", "masks", "lazy_weights", "mask_cache"},
-    {"state_dicts", "efficientnet", "data", "textures", "digits", "heatmap", "position", "bundle"},
+    {"state_dicts", "efficientnet", "data", "heatmap", "position", "bundle"},
     {"functional", "linear"},
     {"reconstruction", "attention", "backbone", "testing"},
     {"transformer", "features"},
@@ -26,18 +27,30 @@ LAYERS = [
     {"report"},
     {"scan", "demo", "cli_options"},
     {"cli_convert"},
+    {"studies/__init__", "studies/extra", "studies/systems", "studies/data"},
+    {"studies/textures", "studies/digits", "studies/trial"},
+    {"studies/study", "studies/tables"},
+    {"studies/figures"},
+    {"studies/cli"},
     {"cli"},
 ]
 
 
+def module_name(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
+
+
 def imports(path: Path) -> set[str]:
-    """Top-level names of absolute imports, and '.name' for relative ones, anywhere in the file."""
+    """Top-level names of absolute imports, and '.name' for relative ones ('.studies/name'), anywhere in the file."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level:
-            found |= {"." + node.module.split(".")[0]} if node.module else {"." + a.name for a in node.names}
+            folder = path.parent if node.level == 1 else path.parent.parent
+            within = "" if folder in (PACKAGE, ROOT / "kernels") else f"{folder.name}/"
+            names = [node.module.replace(".", "/")] if node.module else [a.name for a in node.names]
+            found |= {f".{within}{name}" for name in names}
         elif isinstance(node, ast.ImportFrom):
             found.add(node.module.split(".")[0])
     return found
@@ -45,11 +58,15 @@ def imports(path: Path) -> set[str]:
 
 def test_the_arrows_of_the_package_point_down():
     layer_of = {name: level for level, names in enumerate(LAYERS) for name in names}
-    assert set(layer_of) == {path.stem for path in PACKAGE.glob("*.py")}, "say in LAYERS where a new file belongs"
-    for path in PACKAGE.glob("*.py"):
+    paths = list(PACKAGE.rglob("*.py"))
+    assert set(layer_of) == {module_name(path) for path in paths}, "say in LAYERS where a new file belongs"
+    seen = 0
+    for path in paths:
         for target in imports(path):
             if target.startswith(".") and target[1:] in layer_of:
-                assert layer_of[target[1:]] <= layer_of[path.stem], f"{path.stem} imports {target}"
+                seen += 1
+                assert layer_of[target[1:]] <= layer_of[module_name(path)], f"{module_name(path)} imports {target}"
+    assert seen > 100
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.stem)

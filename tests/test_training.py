@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from uniad_fast import optimization
 from uniad_fast.architecture import Architecture, build_model
 from uniad_fast.recipes import FAST, PAPER
 from uniad_fast.training import ResumeError, channel_statistics, train
@@ -165,6 +166,34 @@ def test_after_each_epoch_the_model_is_evaluated_and_the_clock_stands(tmp_path):
     plain = run(tmp_path / "plain")
     for (name, looked), unwatched in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
         assert torch.equal(looked, unwatched), name
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_learns_and_resumes(tmp_path):
+    recipe = replace(RECIPE, optimizer="muon", epochs=20, dropout=0.0, jitter_scale=0.0)
+    model = run(tmp_path / "unbroken", recipe)
+    losses = [float(row["loss"]) for row in rows(tmp_path / "unbroken")]
+    assert losses[-1] < 0.7 * losses[0]
+    found = optimization.optimizers(model, recipe)
+    groups = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in found]
+    assert not groups[0] & groups[1] and groups[0] | groups[1] == {id(p) for p in model.parameters()}
+
+    def stop(epoch):
+        if epoch == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", recipe, checkpoint_seconds=0.0, after_epoch=stop)
+    resumed = run(tmp_path / "broken", recipe, resume=True)
+    for mine, other in zip(resumed.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize(("change", "message"), [({"optimizer": "sgd"}, "'sgd'"), ({"loss": "huber"}, "'huber'")])
+def test_what_a_recipe_does_not_know_is_named(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, replace(RECIPE, **change))
+    run(tmp_path, replace(RECIPE, loss="l1"))
 
 
 def test_a_constant_rate_and_an_unknown_schedule(tmp_path):

@@ -10,7 +10,7 @@ class Recipe:
     Attributes:
         epochs: passes over the training images.
         min_steps: a small data set is passed over more often than `epochs`, until it has made so many steps.
-        batch_size, learning_rate, weight_decay, clip: of AdamW; `clip` is the largest gradient norm.
+        batch_size, learning_rate, weight_decay, clip: of the optimiser; `clip` is the largest gradient norm.
         schedule: "step" (x 0.1 after 80% of the steps), "one_cycle" (up over `warmup`, then down, by cosine) or
             "constant".
         warmup: share of the steps in which a one-cycle schedule rises.
@@ -19,6 +19,8 @@ class Recipe:
         standardize: features scaled to mean 0 and deviation 1 per channel, as measured on the training images.
         query_std: deviation of the learned queries' initial values.
         precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the device has it, float32 elsewhere.
+        optimizer: "adamw", or "muon" for the matrices of attention and FFN with "adamw" for the rest.
+        loss: between reconstruction and feature, "mse" (the paper's) or "l1".
         score: how a residual becomes a number, "l2" (the paper's) or "whitened"; see `uniad_fast.scoring`.
     """
 
@@ -38,6 +40,8 @@ class Recipe:
     query_std: float
     precision: str
     score: str
+    optimizer: str = "adamw"
+    loss: str = "mse"
 
     def with_epochs(self, epochs: int | None) -> "Recipe":
         """This recipe with exactly so many epochs; itself for None."""

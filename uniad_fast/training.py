@@ -6,17 +6,17 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from . import optimization
 from .files import atomic_path
 from .precision import autocast, computes_in_bfloat16
 from .progress import progress
@@ -83,16 +83,15 @@ def train(
     device = next(model.parameters()).device
     epochs, steps_per_epoch = epochs_and_steps(len(tokens), recipe)
     total = epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )
-    scheduler = _scheduler(optimizer, recipe, total)
+    loss_of = optimization.loss(recipe)
+    optimizers = optimization.optimizers(model, recipe)
+    schedulers = [optimization.scheduler(optimizer, recipe, total) for optimizer in optimizers]
     run = json.loads(json.dumps({**run, "recipe": asdict(recipe), "seed": seed, "images": len(tokens)}))
     run["bfloat16"] = computes_in_bfloat16(recipe.precision, device)
     mean, std = mean.to(device), std.to(device)
 
     with seeded_generators(seed, device):
-        checkpoint = _Checkpoint(directory / "checkpoint.pt", run, model, optimizer, scheduler)
+        checkpoint = _Checkpoint(directory / "checkpoint.pt", run, model, optimizers, schedulers)
         step = checkpoint.load() if resume else 0
         model.train()
         log = _Log(directory / "log.csv", keep_below=step)
@@ -104,13 +103,15 @@ def train(
                 target = (batch.to(device) - mean) / std
                 with autocast(recipe.precision, device):
                     reconstruction = model.reconstruct(target)
-                loss = F.mse_loss(reconstruction.float(), target)
-                optimizer.zero_grad(set_to_none=True)
+                loss = loss_of(reconstruction.float(), target)
+                model.zero_grad(set_to_none=True)
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-                optimizer.step()
-                log.add(step, epoch, loss, float(scheduler.get_last_lr()[0]), norm)
-                scheduler.step()
+                for optimizer in optimizers:
+                    optimizer.step()
+                log.add(step, epoch, loss, float(schedulers[0].get_last_lr()[0]), norm)
+                for scheduler in schedulers:
+                    scheduler.step()
                 step += 1
                 bar.update(recipe.batch_size)
                 if step % _LOG_EVERY == 0:
@@ -125,18 +126,6 @@ def train(
                     checkpoint.save(step)
                     saved = time.monotonic()
     model.eval()
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int) -> torch.optim.lr_scheduler.LRScheduler:
-    if recipe.schedule == "one_cycle":
-        return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, recipe.learning_rate, total_steps=max(total, 2), pct_start=recipe.warmup
-        )
-    if recipe.schedule == "step":
-        return torch.optim.lr_scheduler.StepLR(optimizer, step_size=max(1, round(0.8 * total)), gamma=0.1)
-    if recipe.schedule == "constant":
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    raise ValueError(f"schedule must be 'step', 'one_cycle' or 'constant', got {recipe.schedule!r}")
 
 
 def _batch(tokens: NDArray, epoch: int, position: int, batch_size: int, seed: int) -> Tensor:
@@ -162,12 +151,15 @@ class _Checkpoint:
         path: Path,
         run: dict[str, Any],
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        optimizers: Sequence[torch.optim.Optimizer],
+        schedulers: Sequence[torch.optim.lr_scheduler.LRScheduler],
     ) -> None:
         self._path = path
         self._run = run
-        self._parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        self._parts: dict[str, Any] = {"model": model}
+        for number, pair in enumerate(zip(optimizers, schedulers, strict=True)):
+            names = (f"optimizer{number or ''}", f"scheduler{number or ''}")
+            self._parts |= dict(zip(names, pair, strict=True))
 
     def save(self, step: int) -> None:
         content = {name: part.state_dict() for name, part in self._parts.items()}

@@ -58,6 +58,7 @@ class System:
 
 
 SHORTCUT_SYSTEMS = (
+    System("linear", "mlp", {"num_layers": 1}),
     System("MLP", "mlp"),
     System("CNN 1x1", "cnn", {"kernel_size": 1}),
     System("CNN 3x3", "cnn", {"kernel_size": 3}),
@@ -65,7 +66,7 @@ SHORTCUT_SYSTEMS = (
     System("Transformer, no query", "transformer", {"query_embedding": "none"}),
     System("UniAD"),
 )
-"""Figure 2a of the paper, and its query ablation."""
+"""Figure 2a of the paper, its query ablation, and the one layer of its analysis."""
 
 NO_JITTER: Mapping[str, Any] = {"jitter_prob": 0.0}
 FULL_ATTENTION: Mapping[str, Any] = {"mask": (False, False, False)}
@@ -119,6 +120,8 @@ def recipe_systems() -> tuple[System, ...]:
         "rate 2e-3": {"learning_rate": 2e-3},
         "clip 0.1": {"clip": 0.1},
         "queries from N(0, 1)": {"query_std": 1.0},
+        "Muon": {"optimizer": "muon"},
+        "L1 loss": {"loss": "l1"},
         "dropout 0.1": {"dropout": 0.1},
         "no jitter": NO_JITTER,
         "jitter 10": {"jitter_scale": 10.0},

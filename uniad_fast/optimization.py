@@ -1,0 +1,60 @@
+"""What a recipe's words mean in torch: its loss, its optimisers, its schedule."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .recipes import Recipe
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss}
+
+
+def loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
+    """(reconstruction, feature) -> scalar."""
+    if recipe.loss not in _LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(_LOSSES)}, got {recipe.loss!r}")
+    return _LOSSES[recipe.loss]
+
+
+def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Those that a step steps, each with parameters of its own.
+
+    Raises:
+        ValueError: another name, or Muon with a torch that has none.
+    """
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    if recipe.optimizer == "adamw":
+        return [torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)]
+    if recipe.optimizer != "muon":
+        raise ValueError(f"optimizer must be 'adamw' or 'muon', got {recipe.optimizer!r}")
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"optimizer 'muon' needs torch 2.9 or newer, this is {torch.__version__}")
+    # Muon is meant for matrices between hidden layers: not for embeddings, nor for the first layer and the last.
+    matrices = {
+        id(p)
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and "embed" not in name and not name.startswith(("input_proj", "output_proj"))
+    }
+    hidden = [p for p in model.parameters() if id(p) in matrices]
+    rest = [p for p in model.parameters() if id(p) not in matrices]
+    return [
+        torch.optim.Muon(hidden, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=rate, weight_decay=decay, fused=True),
+    ]
+
+
+def scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The recipe's schedule over `total` steps."""
+    schedulers = torch.optim.lr_scheduler
+    if recipe.schedule == "one_cycle":
+        momentum = "betas" in optimizer.defaults
+        return schedulers.OneCycleLR(
+            optimizer, recipe.learning_rate, total_steps=max(total, 2), pct_start=recipe.warmup, cycle_momentum=momentum
+        )
+    if recipe.schedule == "step":
+        return schedulers.StepLR(optimizer, step_size=max(1, round(0.8 * total)), gamma=0.1)
+    if recipe.schedule == "constant":
+        return schedulers.ConstantLR(optimizer, factor=1.0)
+    raise ValueError(f"schedule must be 'step', 'one_cycle' or 'constant', got {recipe.schedule!r}")
