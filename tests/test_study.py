@@ -22,7 +22,7 @@ from uniad_fast.studies import study, trial
 from uniad_fast.studies.data import StudyData
 from uniad_fast.studies.study import plan, run_study
 from uniad_fast.studies.systems import PART_SYSTEMS, SHORTCUT_SYSTEMS, System, recipe_systems, switch_systems
-from uniad_fast.studies.tables import final_table, shortcut_table
+from uniad_fast.studies.tables import final_table, shortcut_table, time_table
 from uniad_fast.studies.trial import EVERY_CLASS, Trial, run_trial
 from uniad_fast.training import ResumeError
 
@@ -154,6 +154,31 @@ def test_the_tables_say_what_was_measured():
     assert second == "| B | 0.800 ± 0.000 | +0.150 | 0.500 ± 0.000 | +0.250 | 4 |"
 
 
+def test_the_time_table_says_when_the_papers_best_is_reached():
+    rows = [
+        *(row("paper", 0, e, v) for e, v in ((1, 0.5), (100, 0.8), (200, 0.75))),
+        *(row("paper", 0, e, v, score="whitened") for e, v in ((1, 0.6), (100, 0.9))),
+        *(row("fast", 0, e, v) for e, v in ((1, 0.5), (4, 0.7))),
+        *(row("fast", 0, e, v, score="whitened") for e, v in ((1, 0.7), (2, 0.8), (4, 0.85))),
+    ]
+    assert time_table(rows).splitlines()[2:] == [
+        "| paper, its best | 0 | l2 | 0.800 | 100 | 100 |  |  |",
+        "| paper, its best | 0 | whitened | 0.900 | 100 | 100 |  |  |",
+        "| fast, its end | 0 | l2 | 0.700 | 4 | 4 | not |  |",
+        "| fast, its end | 0 | whitened | 0.850 | 4 | 4 | 2 s | 50 |",
+    ]
+
+
+def test_a_run_is_measured_where_it_ends(data, tmp_path):
+    """Also where a small set is passed over more often, and where patience ended it."""
+    longer = Trial(MLP, replace(RECIPE, epochs=2, min_steps=18), 0, None, every=2)  # five epochs of four steps
+    assert sorted({row["epoch"] for row in run_trial(longer, data, tmp_path, CPU)}) == [1, 2, 4, 5]
+    # Nothing is learnt at this rate, so the loss never falls.
+    ended = Trial(replace(MLP, name="x"), replace(RECIPE, learning_rate=1e-12, epochs=9, patience=2), 0, None, every=9)
+    rows = run_trial(ended, data, tmp_path, CPU)
+    assert sorted({row["epoch"] for row in rows}) == [1, 3] and all(np.isfinite(row["loss"]) for row in rows)
+
+
 def test_every_system_is_what_its_name_says():
     grid, recipe = (8, 8), replace(FAST, epochs=1)
     systems = [*SHORTCUT_SYSTEMS, *PART_SYSTEMS, *switch_systems(grid), *recipe_systems()]
@@ -200,16 +225,17 @@ def call(*arguments, code=0):
     return result.output
 
 
-@pytest.mark.parametrize(("name", "pictures"), [("shortcut", 3), ("ablation", 0)])
+@pytest.mark.parametrize(("name", "pictures"), [("shortcut", 3), ("ablation", 0), ("time", 0)])
 def test_the_command_line(name, pictures, two_classes, backbone_weights, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "PART_SYSTEMS", (UNIAD, replace(UNIAD, name="again")))
     monkeypatch.setattr(study, "SHORTCUT_SYSTEMS", (MLP, UNIAD))
+    monkeypatch.setattr(study, "FAST", replace(FAST, min_steps=0, epochs=1))
     options = ["--backbone", BACKBONE, "--backbone-weights", backbone_weights, "--image-size", 64]
     options += ["--cache", tmp_path / "cache", "--quiet", "--quick", "--epochs", 2]
     output = tmp_path / "out"
     text = call("study", name, two_classes, "-o", output, *options)
     table = (output / "table.md").read_text()
-    assert table in text and ("UniAD" in table) and "±" not in table
+    assert table in text and ("paper" if name == "time" else "UniAD") in table and "±" not in table
     drawn = sorted(output.glob("*.png"))
     assert len(drawn) == pictures
     for path in drawn:

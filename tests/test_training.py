@@ -197,7 +197,56 @@ def test_what_a_recipe_does_not_know_is_named(change, message, tmp_path):
 
 
 def test_a_constant_rate_and_an_unknown_schedule(tmp_path):
-    run(tmp_path, replace(RECIPE, schedule="constant"))
+    run(tmp_path, replace(RECIPE, schedule="constant", warmup=0.0))
     assert {float(row["learning_rate"]) for row in rows(tmp_path)} == {RECIPE.learning_rate}
+    run(tmp_path, replace(RECIPE, schedule="constant", warmup=0.5))
+    rates = [float(row["learning_rate"]) / RECIPE.learning_rate for row in rows(tmp_path)]
+    assert rates == pytest.approx([0.25, 0.4375, 0.625, 0.8125, 1, 1, 1, 1])
     with pytest.raises(ValueError, match="got 'cosine'"):
         run(tmp_path, replace(RECIPE, schedule="cosine"))
+
+
+PATIENT = replace(RECIPE, epochs=30, schedule="constant", patience=2)
+
+
+def test_patience_ends_training_when_unseen_images_are_no_longer_reconstructed_better(tmp_path):
+    watched = []
+    torch.manual_seed(0)
+    model = build_model(6, 16, (4, 4), PATIENT, architecture=SMALL)
+    mean, std = channel_statistics(TOKENS)
+
+    def look(epoch):
+        target = (torch.from_numpy(TOKENS[9:]) - mean) / std
+        with torch.no_grad():
+            watched.append(torch.nn.functional.mse_loss(model.reconstruct(target), target).item())
+
+    options = {"quiet": True, "after_epoch": look, "validation": TOKENS[9:]}
+    epochs = train(model, TOKENS[:9], PATIENT, 0, mean, std, tmp_path, {}, **options)
+    assert epochs == len(watched) < 30
+    since = epochs - 1
+    lowest = float("inf")
+    for epoch, loss in enumerate(watched):
+        if loss < 0.99 * lowest:
+            lowest, since = loss, epoch
+    assert since == epochs - 3  # two epochs without a new lowest
+
+
+def test_a_patient_run_resumes_and_stays_ended(tmp_path):
+    unbroken = run(tmp_path / "unbroken", PATIENT, validation=TOKENS)
+
+    def stop(epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", PATIENT, checkpoint_seconds=0.0, after_epoch=stop, validation=TOKENS)
+    for _ in range(2):  # the second time there is nothing left to do
+        resumed = run(tmp_path / "broken", PATIENT, resume=True, validation=TOKENS)
+        assert rows(tmp_path / "broken")[-1]["step"] == rows(tmp_path / "unbroken")[-1]["step"]
+        for mine, other in zip(resumed.parameters(), unbroken.parameters(), strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_patience_needs_something_to_watch(tmp_path):
+    with pytest.raises(ValueError, match="patience 2 needs held-out good images"):
+        run(tmp_path, PATIENT)

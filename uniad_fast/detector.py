@@ -224,6 +224,7 @@ class AnomalyDetector:
                 resume=resume,
                 checkpoint_seconds=checkpoint_seconds,
                 quiet=quiet,
+                validation=unseen.tokens,
             )
             self._training_log = (directory / "log.csv").read_text()
         self._scorer = scorer

@@ -56,5 +56,6 @@ def scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int) -> t
     if recipe.schedule == "step":
         return schedulers.StepLR(optimizer, step_size=max(1, round(0.8 * total)), gamma=0.1)
     if recipe.schedule == "constant":
-        return schedulers.ConstantLR(optimizer, factor=1.0)
+        rise = max(1, round(recipe.warmup * total))
+        return schedulers.LinearLR(optimizer, start_factor=1 / rise, total_iters=rise)
     raise ValueError(f"schedule must be 'step', 'one_cycle' or 'constant', got {recipe.schedule!r}")

@@ -12,8 +12,8 @@ class Recipe:
         min_steps: a small data set is passed over more often than `epochs`, until it has made so many steps.
         batch_size, learning_rate, weight_decay, clip: of the optimiser; `clip` is the largest gradient norm.
         schedule: "step" (x 0.1 after 80% of the steps), "one_cycle" (up over `warmup`, then down, by cosine) or
-            "constant".
-        warmup: share of the steps in which a one-cycle schedule rises.
+            "constant" (up over `warmup`, then no change).
+        warmup: share of the steps in which a one-cycle or constant schedule rises.
         dropout: of attention, FFN and residuals.
         jitter_scale, jitter_prob: of the feature jittering (paper, section 3.2).
         standardize: features scaled to mean 0 and deviation 1 per channel, as measured on the training images.
@@ -22,6 +22,8 @@ class Recipe:
         optimizer: "adamw", or "muon" for the matrices of attention and FFN with "adamw" for the rest.
         loss: between reconstruction and feature, "mse" (the paper's) or "l1".
         score: how a residual becomes a number, "l2" (the paper's) or "whitened"; see `uniad_fast.scoring`.
+        patience: training ends after so many epochs in which the loss on held-out good images has not fallen by a
+            hundredth below its lowest; 0 goes on to the end.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Recipe:
     score: str
     optimizer: str = "adamw"
     loss: str = "mse"
+    patience: int = 0
 
     def with_epochs(self, epochs: int | None) -> "Recipe":
         """This recipe with exactly so many epochs; itself for None."""

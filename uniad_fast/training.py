@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from .reconstruction import Reconstructor
 
 LOG_FIELDS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "seconds")
 _LOG_EVERY = 10
+_VALIDATED_AT_A_TIME = 64
+_WORTH_WAITING_FOR = 0.01
 
 
 class ResumeError(ValueError):
@@ -65,7 +67,8 @@ def train(
     checkpoint_seconds: float = 60.0,
     quiet: bool = False,
     after_epoch: Callable[[int], None] | None = None,
-) -> None:
+    validation: NDArray | None = None,
+) -> int:
     """Train `model` in place on tokens [images, N, C] to reconstruct (tokens - mean) / std.
 
     Args:
@@ -74,9 +77,14 @@ def train(
         resume: go on from the checkpoint, to the same numbers as an unbroken run; without one, start.
         after_epoch: called with the number of epochs done, the model in evaluation mode; what it takes is not in the
             log's seconds. After a resumption it can be called again for an epoch, never not at all.
+        validation: [images, N, C] of good images that are not trained on, which a recipe with `patience` watches.
+
+    Returns:
+        The number of epochs done.
 
     Raises:
         ResumeError: the checkpoint is damaged or of another run; says what differs.
+        ValueError: the recipe has `patience`, and there is no image to watch.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -89,15 +97,28 @@ def train(
     run = json.loads(json.dumps({**run, "recipe": asdict(recipe), "seed": seed, "images": len(tokens)}))
     run["bfloat16"] = computes_in_bfloat16(recipe.precision, device)
     mean, std = mean.to(device), std.to(device)
+    if recipe.patience and (validation is None or not len(validation)):
+        raise ValueError(f"a recipe with patience {recipe.patience} needs held-out good images to watch")
+    patience = Patience(recipe.patience)
+
+    def validation_loss() -> float:
+        assert validation is not None
+        total_loss = 0.0
+        for start in range(0, len(validation), _VALIDATED_AT_A_TIME):
+            rows = np.array(validation[start : start + _VALIDATED_AT_A_TIME])
+            target = (torch.from_numpy(rows).to(device) - mean) / std
+            with torch.no_grad(), autocast(recipe.precision, device):
+                total_loss += len(rows) * loss_of(model.reconstruct(target).float(), target).item()
+        return total_loss / len(validation)
 
     with seeded_generators(seed, device):
-        checkpoint = _Checkpoint(directory / "checkpoint.pt", run, model, optimizers, schedulers)
+        checkpoint = _Checkpoint(directory / "checkpoint.pt", run, model, optimizers, schedulers, patience)
         step = checkpoint.load() if resume else 0
         model.train()
         log = _Log(directory / "log.csv", keep_below=step)
         with log, progress("training", total * recipe.batch_size, step * recipe.batch_size, quiet=quiet) as bar:
             saved = time.monotonic()
-            while step < total:
+            while step < total and not patience.ended:
                 epoch, position = divmod(step, steps_per_epoch)
                 batch = _batch(tokens, epoch, position, recipe.batch_size, seed)
                 target = (batch.to(device) - mean) / std
@@ -116,16 +137,20 @@ def train(
                 bar.update(recipe.batch_size)
                 if step % _LOG_EVERY == 0:
                     bar.set_postfix(loss=f"{log.last_loss:.4f}", epoch=f"{epoch + 1}/{epochs}")
-                if after_epoch is not None and step % steps_per_epoch == 0:
-                    with log.paused():
-                        model.eval()
-                        after_epoch(step // steps_per_epoch)
-                        model.train()
-                if step == total or time.monotonic() - saved >= checkpoint_seconds:
+                if step % steps_per_epoch == 0 and (recipe.patience or after_epoch is not None):
+                    model.eval()
+                    if recipe.patience:
+                        patience.see(validation_loss())
+                    if after_epoch is not None:
+                        with log.paused():
+                            after_epoch(step // steps_per_epoch)
+                    model.train()
+                if step == total or patience.ended or time.monotonic() - saved >= checkpoint_seconds:
                     log.flush()
                     checkpoint.save(step)
                     saved = time.monotonic()
     model.eval()
+    return step // steps_per_epoch
 
 
 def _batch(tokens: NDArray, epoch: int, position: int, batch_size: int, seed: int) -> Tensor:
@@ -143,6 +168,35 @@ def seeded_generators(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
+class Patience:
+    """Ends a training whose loss on good images that it has not seen no longer falls.
+
+    It asks for no defect: what it watches is the reconstruction, not the detection.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        self._epochs = epochs
+        self._lowest = math.inf
+        self._waited = 0
+
+    @property
+    def ended(self) -> bool:
+        return 0 < self._epochs <= self._waited
+
+    def see(self, loss: float) -> None:
+        """The loss after another epoch."""
+        if loss < (1 - _WORTH_WAITING_FOR) * self._lowest:
+            self._lowest, self._waited = loss, 0
+        else:
+            self._waited += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lowest": self._lowest, "waited": self._waited}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._lowest, self._waited = state["lowest"], state["waited"]
+
+
 class _Checkpoint:
     """Everything a run depends on at a step: parameters, optimiser, schedule, generators."""
 
@@ -153,10 +207,11 @@ class _Checkpoint:
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         schedulers: Sequence[torch.optim.lr_scheduler.LRScheduler],
+        patience: "Patience",
     ) -> None:
         self._path = path
         self._run = run
-        self._parts: dict[str, Any] = {"model": model}
+        self._parts: dict[str, Any] = {"model": model, "patience": patience}
         for number, pair in enumerate(zip(optimizers, schedulers, strict=True)):
             names = (f"optimizer{number or ''}", f"scheduler{number or ''}")
             self._parts |= dict(zip(names, pair, strict=True))

@@ -126,5 +126,6 @@ def recipe_systems() -> tuple[System, ...]:
         "no jitter": NO_JITTER,
         "jitter 10": {"jitter_scale": 10.0},
         "float32": {"precision": "float32"},
+        "early stop": {"schedule": "constant", "epochs": 20, "min_steps": 1200, "warmup": 0.04, "patience": 2},
     }
     return tuple(System(name, changes=change) for name, change in changes.items())

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from ..scoring import SCORES
 from .trial import EVERY_CLASS
 
 Row = dict[str, Any]
@@ -79,6 +80,44 @@ def final_table(rows: Sequence[Row], systems: Sequence[str], image_metric: str =
         cells.append(f"{mean(found[-1]['seconds'] for found in by_seed.values()):.0f}")
         body.append(cells)
     return _markdown(header, body)
+
+
+def time_table(rows: Sequence[Row], image_metric: str = DETECTION) -> str:
+    """Markdown: what the paper's recipe reaches at its best, and when the fast one has reached that, by each score.
+
+    Scores of the two are compared with the paper's norm on the paper's side ("l2"), and with its best score too.
+    """
+    header = [
+        "recipe",
+        "seed",
+        "score",
+        "image AUROC",
+        "epoch",
+        "seconds",
+        "paper's best reached after",
+        "times as fast",
+    ]
+    body = []
+    paper = [
+        row for score in SCORES for seed in means_over_classes(rows, "paper", "unified", score).values() for row in seed
+    ]
+    best = {score: max((r for r in paper if r["score"] == score), key=lambda r: r[image_metric]) for score in SCORES}
+    for row in best.values():
+        body.append(_time_cells("paper, its best", row, image_metric) + ["", ""])
+    for score in SCORES:
+        for seed in means_over_classes(rows, "fast", "unified", score).values():
+            reached = next((row for row in seed if row[image_metric] >= best["l2"][image_metric]), None)
+            cells = _time_cells("fast, its end", seed[-1], image_metric)
+            if reached is None:
+                body.append([*cells, "not", ""])
+            else:
+                gain = best["l2"]["seconds"] / reached["seconds"]
+                body.append([*cells, f"{reached['seconds']:.0f} s", f"{gain:.0f}"])
+    return _markdown(header, body)
+
+
+def _time_cells(name: str, row: Row, metric: str) -> list[str]:
+    return [name, str(row["seed"]), row["score"], f"{row[metric]:.3f}", str(row["epoch"]), f"{row['seconds']:.0f}"]
 
 
 def _last(rows: Sequence[Row], system: str, score: str, metric: str) -> dict[int, float]:

@@ -21,6 +21,8 @@ from .data import StudyData
 from .systems import System
 
 _BATCH = 64
+_WATCHED = 10
+"""A recipe with patience watches every so manyth training image instead of training on it."""
 EVERY_CLASS = "mean"
 """The class name of a row that is the mean over classes."""
 
@@ -58,8 +60,8 @@ class Trial:
         return "unified" if self.class_name is None else "separate"
 
     def evaluates(self, epoch: int) -> bool:
-        """Whether there is an evaluation after so many epochs."""
-        return epoch == 1 or epoch % self.every == 0 or epoch == self.recipe.epochs
+        """Whether there is an evaluation after so many epochs; after the last there is one anyway."""
+        return epoch == 1 or epoch % self.every == 0
 
     def identity(self, data: StudyData, impl: str | None) -> dict[str, Any]:
         """What a finished run is recognised by (JSON values)."""
@@ -116,16 +118,20 @@ def run_trial(
     scorer.to(device)
 
     def measure(epoch: int) -> None:
+        measured[str(epoch)] = _measure(scorer, data, trial)
+        with atomic_path(measured_path) as path:
+            path.write_text(json.dumps(measured))
+
+    def at_epoch(epoch: int) -> None:
         if trial.evaluates(epoch):
-            measured[str(epoch)] = _measure(scorer, data, trial)
-            with atomic_path(measured_path) as path:
-                path.write_text(json.dumps(measured))
+            measure(epoch)
         if after_epoch is not None:
             after_epoch(epoch)
 
-    train(
+    held_out = np.arange(len(data.train)) % _WATCHED == 0 if recipe.patience else np.zeros(len(data.train), bool)
+    epochs = train(
         model,
-        data.train_tokens,
+        data.train_tokens[~held_out] if recipe.patience else data.train_tokens,
         recipe,
         trial.seed,
         scorer.mean,
@@ -134,8 +140,11 @@ def run_trial(
         {"trial": identity},
         resume=True,
         quiet=True,
-        after_epoch=measure,
+        after_epoch=at_epoch,
+        validation=data.train_tokens[held_out],
     )
+    if str(epochs) not in measured:
+        measure(epochs)
     losses, seconds = _epochs_of_log(work_dir / "log.csv")
     rows = [
         {"epoch": int(epoch), "seconds": seconds[int(epoch)], "loss": losses[int(epoch)], **row}
