@@ -15,6 +15,7 @@ BENCH = Path(__file__).parents[1] / "bench"
         ("compare.py --smoke --only 14x14", "x public, float32"),
         ("compare_replaced.py --smoke", "MB more"),
         ("profile_step.py --steps 1 --smoke", "attention, backward"),
+        ("pace.py --smoke", "x fast"),
     ],
 )
 def test_comparisons_run(command, expected):
