@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from uniad_fast.calibration import residual_whitening, threshold_for
+from uniad_fast.calibration import fit_score, residual_whitening, threshold_for
 from uniad_fast.heatmap import heat_map
-from uniad_fast.scoring import image_scores
+from uniad_fast.scoring import Scorer, image_scores
 
 
 def test_threshold_is_the_order_statistic():
@@ -50,6 +50,25 @@ def test_whitening_makes_good_residuals_white():
     whitening = residual_whitening(Residuals(), tokens).numpy()
     white = deepest.reshape(-1, 5) @ whitening.T
     np.testing.assert_allclose(white.T @ white / len(white), np.eye(5), atol=0.1)
+
+
+def test_relative_scores_of_good_images_are_one_on_average_everywhere():
+    rng = np.random.default_rng(0)
+    tokens = rng.normal(size=(300, 6, 7)).astype(np.float32) * np.arange(1, 7, dtype=np.float32)[:, None]
+    model = torch.nn.Module()
+    model.feature_size = (2, 3)
+    model.reconstruct = torch.zeros_like
+    backbone = torch.nn.Module()
+    backbone.channels, backbone.deepest = 7, slice(2, 7)
+    scorer = Scorer(backbone, model, 32, "float32", "relative")
+    fit_score(scorer, tokens)
+    grids = scorer.grids(torch.from_numpy(tokens))
+    torch.testing.assert_close(grids.mean(0), torch.ones(2, 3))
+    whitened = scorer.norm(scorer.residual(torch.from_numpy(tokens)), "whitened")
+    assert whitened.mean(0).max() > 4 * whitened.mean(0).min()  # as they are, the last location drowns the first
+    torch.testing.assert_close(grids * whitened.mean(0), whitened)
+    with pytest.raises(ValueError, match="'cosine'"):
+        Scorer(backbone, model, 32, "float32", "cosine")
 
 
 def test_image_scores():

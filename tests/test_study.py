@@ -157,15 +157,15 @@ def test_the_tables_say_what_was_measured():
 def test_the_time_table_says_when_the_papers_best_is_reached():
     rows = [
         *(row("paper", 0, e, v) for e, v in ((1, 0.5), (100, 0.8), (200, 0.75))),
-        *(row("paper", 0, e, v, score="whitened") for e, v in ((1, 0.6), (100, 0.9))),
+        *(row("paper", 0, e, v, score="whitened") for e, v in ((1, 0.6), (200, 0.84))),
         *(row("fast", 0, e, v) for e, v in ((1, 0.5), (4, 0.7))),
         *(row("fast", 0, e, v, score="whitened") for e, v in ((1, 0.7), (2, 0.8), (4, 0.85))),
     ]
     assert time_table(rows).splitlines()[2:] == [
-        "| paper, its best | 0 | l2 | 0.800 | 100 | 100 |  |  |",
-        "| paper, its best | 0 | whitened | 0.900 | 100 | 100 |  |  |",
-        "| fast, its end | 0 | l2 | 0.700 | 4 | 4 | not |  |",
-        "| fast, its end | 0 | whitened | 0.850 | 4 | 4 | 2 s | 50 |",
+        "| paper, its best | 0 | l2 | 0.800 | 100 | 100 |  |  |  |  |",
+        "| paper, its best | 0 | whitened | 0.840 | 200 | 200 |  |  |  |  |",
+        "| fast, its end | 0 | l2 | 0.700 | 4 | 4 | not reached |  | not reached |  |",
+        "| fast, its end | 0 | whitened | 0.850 | 4 | 4 | 2 s | 50 | 4 s | 50 |",
     ]
 
 
@@ -189,17 +189,22 @@ def test_every_system_is_what_its_name_says():
         own = system.recipe(recipe)
         network = system.build(12, 16, grid, own)
         assert network.reconstruct(torch.randn(2, 64, 12)).shape == (2, 64, 12), system.name
-        if system.network != "uniad":
+        if system.network not in ("uniad", "transformer"):
             continue
         layers = network.transformer.decoder.layers
         attentions = [network.transformer.encoder.layers[0].self_attn, layers[0].self_attn, layers[0].multihead_attn]
         windows = [attention.neighbor_size for attention in attentions]
-        if "FULL" in system.name or system.name in ("without NMA", "LQD alone", "FJ alone", "none of them"):
+        if system.name in ("without NMA", "LQD alone", "FJ alone", "none of them"):
             assert windows == [None] * 3
         elif system.name == "mask in encoder":
             assert windows == [(4, 4), None, None]
         elif system.name.startswith("window"):
             assert windows == [tuple(map(int, system.name.split()[1].split("x")))] * 3
+        blocks = [
+            p for n, p in network.transformer.named_parameters() if n.endswith(("out_proj.weight", "linear2.weight"))
+        ]
+        assert len(blocks) == 4 * 2 + 4 * 3
+        assert all((p == 0).all() == own.zero_blocks for p in blocks), system.name
         if "jitter" in system.name or "FJ" in system.name:
             assert (network.jitter_scale, network.jitter_prob) == (own.jitter_scale, own.jitter_prob)
     assert {s.name: s.recipe(recipe).jitter_prob for s in PART_SYSTEMS}["without FJ"] == 0.0

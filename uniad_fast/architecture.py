@@ -77,7 +77,16 @@ def build_model(
     for module in model.modules():
         if isinstance(module, DecoderLayer):
             nn.init.normal_(module.learned_embed.weight, std=recipe.query_std)
+    if recipe.zero_blocks:
+        zero_blocks(model)
     return model
+
+
+def zero_blocks(model: UniAD) -> None:
+    """Let every attention and FFN give zero, whose biases are zero already: layers are their residual connections."""
+    for name, parameter in model.transformer.named_parameters():
+        if name.endswith(("out_proj.weight", "linear2.weight")):
+            nn.init.zeros_(parameter)
 
 
 def read_architecture(state: StateDict, nhead: int, neighbor_size: Size | None) -> tuple[Architecture, int, Size]:

@@ -1,4 +1,4 @@
-"""What is set after training, from good images alone: the whitening, the threshold, the colours of heat maps."""
+"""What is set after training, from good images alone: how residuals are scored, the threshold, heat maps' colours."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 from .scoring import Scorer, image_scores
 
 _BATCH = 32
-_WHITENING_IMAGES = 512
+_SCORE_IMAGES = 512
 _SHRINKAGE = 1e-2
 
 
@@ -53,16 +53,29 @@ def calibrate(scorer: Scorer, tokens: NDArray, image_score: str, false_alarm_rat
     return Calibration(threshold, held_rate, color_range, len(scores), float(np.mean(scores)), float(np.std(scores)))
 
 
+def fit_score(scorer: Scorer, tokens: NDArray) -> None:
+    """Set the buffers that the scorer's score needs, from these features [images, N, C] of good images.
+
+    Some hundred images, evenly picked, stand for all.
+    """
+    picked = tokens[:: max(1, len(tokens) // _SCORE_IMAGES)]
+    if scorer.whitening is not None:
+        scorer.whitening = residual_whitening(scorer, picked).to(scorer.device)
+    if scorer.typical is not None:
+        sums = [scorer.norm(scorer.residual(batch), "whitened").sum(dim=0) for batch in _batches(picked)]
+        scorer.typical = torch.stack(sums).sum(dim=0) / len(picked)  # never 0: whitened residuals do not vanish
+
+
 def residual_whitening(scorer: Scorer, tokens: NDArray) -> Tensor:
     """[C', C'] float32 that makes the deepest stage's residuals of these features [images, N, C] white.
 
     A share of the mean variance is added to every direction, so that those in which good images never fail do not
-    drown the rest. Some hundred images, evenly picked, stand for all.
+    drown the rest.
     """
     deepest = scorer.backbone.deepest
     channels = deepest.stop - deepest.start
     covariance, count = torch.zeros(channels, channels, dtype=torch.float64), 0
-    for batch in _batches(tokens[:: max(1, len(tokens) // _WHITENING_IMAGES)]):
+    for batch in _batches(tokens):
         rows = scorer.residual(batch)[:, deepest].transpose(0, 1).flatten(1).double().cpu()  # [C', B * N]
         covariance += rows @ rows.T
         count += rows.shape[1]

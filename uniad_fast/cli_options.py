@@ -12,7 +12,7 @@ _USER_ERRORS = (OSError, ValueError)  # every error class of the package is a Va
 
 RecipeName = Literal["fast", "paper"]
 ImageScore = Literal["max", "mean", "std"]
-Score = Literal["l2", "whitened"]
+Score = Literal["l2", "whitened", "relative"]
 
 DataArgument = Annotated[
     str,

@@ -18,7 +18,7 @@ from . import scoring
 from .architecture import PAPER_ARCHITECTURE, Architecture, build_model
 from .backbone import Backbone
 from .bundle import BundleError, read_bundle, write_bundle
-from .calibration import Calibration, calibrate, residual_whitening
+from .calibration import Calibration, calibrate, fit_score
 from .data import DataError, Dataset, Sample, hold_out, load_dataset
 from .features import Features, cached_features
 from .images import ImageLike, as_image, to_tensor
@@ -61,8 +61,8 @@ class AnomalyDetector:
         out_indices: feature levels, see `Backbone.pretrained`.
         recipe: "fast", "paper", or a `Recipe`.
         architecture: of the network.
-        score: how a residual becomes a number, "l2" (the paper's) or "whitened"; see `uniad_fast.scoring`. None
-            takes the recipe's.
+        score: how a residual becomes a number, "l2" (the paper's), "whitened" or "relative"; see
+            `uniad_fast.scoring`. None takes the recipe's.
         image_score: how a map becomes a number, "max" (the paper's), "mean" or "std".
         false_alarm_rate: share of good images that may score above the threshold.
         held_out: share of the good images kept from training to set the threshold.
@@ -162,7 +162,7 @@ class AnomalyDetector:
             options: other arguments of `AnomalyDetector`; image_size and architecture are the network's.
         """
         detector = cls(backbone.name, out_indices=backbone.out_indices, recipe="paper", score="l2", **options)
-        scorer = Scorer(backbone, model, detector.image_size, detector.recipe.precision, whitened=False)
+        scorer = Scorer(backbone, model, detector.image_size, detector.recipe.precision, "l2")
         detector._scorer = scorer.to(detector.device).eval()
         return detector
 
@@ -228,8 +228,7 @@ class AnomalyDetector:
             )
             self._training_log = (directory / "log.csv").read_text()
         self._scorer = scorer
-        if scorer.whitening is not None:
-            scorer.whitening = residual_whitening(scorer, good.tokens).to(self.device)
+        fit_score(scorer, good.tokens)
         self._calibration = calibrate(scorer, unseen.tokens, self.image_score, self.false_alarm_rate)
         self.classes = sorted({sample.class_name for sample in samples})
         return self
@@ -379,7 +378,7 @@ class AnomalyDetector:
     def _new_scorer(self, backbone: Backbone) -> Scorer:
         grid = backbone.grid(self.image_size)
         model = build_model(backbone.channels, backbone.stride, grid, self.recipe, self.impl, self.architecture)
-        return Scorer(backbone, model, self.image_size, self.recipe.precision, self.score == "whitened")
+        return Scorer(backbone, model, self.image_size, self.recipe.precision, self.score)
 
 
 def _good_samples(data: str | os.PathLike | Dataset | Sequence[str | os.PathLike]) -> list[Sample]:

@@ -18,10 +18,12 @@ class Recipe:
         jitter_scale, jitter_prob: of the feature jittering (paper, section 3.2).
         standardize: features scaled to mean 0 and deviation 1 per channel, as measured on the training images.
         query_std: deviation of the learned queries' initial values.
+        zero_blocks: attention and FFN give zero at first, so that every layer begins as its residual connection.
         precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the device has it, float32 elsewhere.
         optimizer: "adamw", or "muon" for the matrices of attention and FFN with "adamw" for the rest.
         loss: between reconstruction and feature, "mse" (the paper's) or "l1".
-        score: how a residual becomes a number, "l2" (the paper's) or "whitened"; see `uniad_fast.scoring`.
+        score: how a residual becomes a number, "l2" (the paper's), "whitened" or "relative"; see
+            `uniad_fast.scoring`.
         patience: training ends after so many epochs in which the loss on held-out good images has not fallen by a
             hundredth below its lowest; 0 goes on to the end.
     """
@@ -45,6 +47,7 @@ class Recipe:
     optimizer: str = "adamw"
     loss: str = "mse"
     patience: int = 0
+    zero_blocks: bool = False
 
     def with_epochs(self, epochs: int | None) -> "Recipe":
         """This recipe with exactly so many epochs; itself for None."""
@@ -87,6 +90,7 @@ FAST = Recipe(
     query_std=0.02,
     precision="auto",
     score="whitened",
+    zero_blocks=True,
 )
 
 RECIPES = {recipe.name: recipe for recipe in (PAPER, FAST)}

@@ -5,6 +5,8 @@ A residual is f_rec - f_org per location. How it becomes one number is the detec
     "l2"        its L2 norm over the channels (paper, section 3.3)
     "whitened"  the Mahalanobis norm of its deepest stage: the L2 norm after whitening by the residuals of good
                 images, so that what is always reconstructed badly counts for less, and what never fails for more
+    "relative"  the same, divided by its mean over good images at that location: places differ, and those at the
+                border, whose context lies on one side, are reconstructed worse
 """
 
 import torch
@@ -15,7 +17,7 @@ from .backbone import Backbone
 from .precision import autocast
 from .reconstruction import Reconstructor
 
-SCORES = ("l2", "whitened")
+SCORES = ("l2", "whitened", "relative")
 IMAGE_SCORES = ("max", "mean", "std")
 _POOL = 16
 
@@ -29,19 +31,22 @@ class Scorer(nn.Module):
         backbone, model: frozen features and the network that reconstructs them.
         image_size: S, of the images and of the maps.
         precision: of the model, see `uniad_fast.precision`; the backbone is float32.
-        whitened: whether residuals are whitened, by the buffer `whitening` (the identity until it is set).
+        score: one of `SCORES`. All but "l2" need `uniad_fast.calibration.fit_score`, which sets the buffers `whitening`
+            (until then the identity) and `typical` (ones).
 
     Its state dict is what a bundle keeps.
     """
 
     mean: Tensor
     std: Tensor
-    whitening: Tensor | None
+    whitening: Tensor | None  # [C', C'] for the C' channels of the deepest stage
+    typical: Tensor | None  # [H, W]
 
-    def __init__(
-        self, backbone: Backbone, model: Reconstructor, image_size: int, precision: str, whitened: bool
-    ) -> None:
+    def __init__(self, backbone: Backbone, model: Reconstructor, image_size: int, precision: str, score: str) -> None:
         super().__init__()
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+        self.score = score
         self.backbone = backbone
         self.model = model
         self.image_size = image_size
@@ -49,7 +54,8 @@ class Scorer(nn.Module):
         self.register_buffer("mean", torch.zeros(backbone.channels))
         self.register_buffer("std", torch.ones(backbone.channels))
         deepest = backbone.deepest.stop - backbone.deepest.start
-        self.register_buffer("whitening", torch.eye(deepest) if whitened else None)
+        self.register_buffer("whitening", None if score == "l2" else torch.eye(deepest))
+        self.register_buffer("typical", torch.ones(model.feature_size) if score == "relative" else None)
 
     @property
     def device(self) -> torch.device:
@@ -74,13 +80,15 @@ class Scorer(nn.Module):
     @torch.inference_mode()
     def grids(self, tokens: Tensor) -> Tensor:
         """tokens [B, N, C] -> anomaly scores per location [B, H, W] in float32."""
-        return self.norm(self.residual(tokens), "l2" if self.whitening is None else "whitened")
+        return self.norm(self.residual(tokens), self.score)
 
     def norm(self, residual: Tensor, score: str) -> Tensor:
-        """residual [B, C, H, W] -> [B, H, W] by one of `SCORES`; "whitened" needs a scorer with whitening."""
-        if score == "whitened":
-            residual = torch.einsum("dc,bchw->bdhw", self.whitening, residual[:, self.backbone.deepest])
-        return torch.linalg.vector_norm(residual, dim=1)
+        """residual [B, C, H, W] -> [B, H, W] by one of `SCORES`, of which this scorer needs the buffers."""
+        if score == "l2":
+            return torch.linalg.vector_norm(residual, dim=1)
+        white = torch.einsum("dc,bchw->bdhw", self.whitening, residual[:, self.backbone.deepest])
+        norm = torch.linalg.vector_norm(white, dim=1)
+        return norm if score == "whitened" else norm / self.typical
 
     def enlarge(self, grids: Tensor) -> Tensor:
         """[B, H, W] -> anomaly maps [B, S, S], bilinear with aligned corners."""

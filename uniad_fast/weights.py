@@ -201,10 +201,10 @@ def _what_differs(detector: AnomalyDetector, layout: str) -> list[str]:
     scorer = detector.scorer
     frozen = scorer.backbone
     differs = []
-    if scorer.whitening is not None or not torch.equal(scorer.std, torch.ones_like(scorer.std)):
+    if scorer.score != "l2" or not torch.equal(scorer.std, torch.ones_like(scorer.std)):
         differs.append(
             "scores: there the L2 norm of the residual of all channels as they are, here "
-            + ("whitened" if scorer.whitening is not None else "of standardised ones")
+            + (scorer.score if scorer.score != "l2" else "of standardised ones")
         )
     size = native_size(frozen.name)
     if layout == "uniad" and size is not None and frozen.padded_for is None and size != detector.image_size:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..architecture import Architecture, build_model
+from ..architecture import Architecture, build_model, zero_blocks
 from ..baselines import CNN, MLP, PlainTransformer
 from ..neighborhood import Size
 from ..recipes import Recipe
@@ -49,7 +49,10 @@ class System:
         if self.network == "cnn":
             return CNN(channels, stride, feature_size, **self.options)
         if self.network == "transformer":
-            return PlainTransformer(channels, stride, feature_size, dropout=recipe.dropout, impl=impl, **self.options)
+            plain = PlainTransformer(channels, stride, feature_size, dropout=recipe.dropout, impl=impl, **self.options)
+            if recipe.zero_blocks:
+                zero_blocks(plain)
+            return plain
         raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
 
     def identity(self) -> dict[str, Any]:
@@ -120,6 +123,7 @@ def recipe_systems() -> tuple[System, ...]:
         "rate 2e-3": {"learning_rate": 2e-3},
         "clip 0.1": {"clip": 0.1},
         "queries from N(0, 1)": {"query_std": 1.0},
+        "blocks not zero at first": {"zero_blocks": False},
         "Muon": {"optimizer": "muon"},
         "L1 loss": {"loss": "l1"},
         "dropout 0.1": {"dropout": 0.1},

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..calibration import residual_whitening
+from ..calibration import fit_score
 from ..files import atomic_path
 from ..metrics import detection_metrics
 from ..recipes import Recipe
-from ..scoring import Scorer, image_scores
+from ..scoring import SCORES, Scorer, image_scores
 from ..training import ResumeError, channel_statistics, seeded_generators, train
 from .data import StudyData
 from .systems import System
@@ -112,7 +112,7 @@ def run_trial(
     backbone = data.backbone
     with seeded_generators(trial.seed, device):
         model = trial.system.build(backbone.channels, backbone.stride, backbone.grid(data.image_size), recipe, impl)
-    scorer = Scorer(backbone, model, data.image_size, recipe.precision, whitened="whitened" in trial.scores)
+    scorer = Scorer(backbone, model, data.image_size, recipe.precision, _richest(trial.scores))
     if recipe.standardize:
         scorer.mean, scorer.std = channel_statistics(data.train_tokens)
     scorer.to(device)
@@ -157,6 +157,11 @@ def run_trial(
     return rows
 
 
+def _richest(scores: tuple[str, ...]) -> str:
+    """That of the scores whose buffers serve the others too."""
+    return max(scores, key=SCORES.index)
+
+
 def _read_finished(path: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         content = json.loads(path.read_text())
@@ -171,8 +176,7 @@ def _read_finished(path: Path, identity: dict[str, Any]) -> list[dict[str, Any]]
 
 def _measure(scorer: Scorer, data: StudyData, trial: Trial) -> list[dict[str, Any]]:
     """Rows of one evaluation, without the training's figures."""
-    if scorer.whitening is not None:
-        scorer.whitening = residual_whitening(scorer, data.train_tokens).to(scorer.device)
+    fit_score(scorer, data.train_tokens)
     grids: dict[str, list[torch.Tensor]] = {score: [] for score in trial.scores}
     for start in range(0, len(data.test), _BATCH):
         residual = scorer.residual(torch.from_numpy(np.array(data.test_tokens[start : start + _BATCH])))
