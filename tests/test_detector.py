@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,14 +15,11 @@ from uniad_fast.bundle import BundleError
 from uniad_fast.data import DataError, load_dataset
 from uniad_fast.evaluation import evaluate
 from uniad_fast.images import UnreadableImage, list_images
+from uniad_fast.recipes import FAST
 
 
 @pytest.fixture(scope="module")
 def settings(backbone_weights, tmp_path_factory):
-    from dataclasses import replace
-
-    from uniad_fast.recipes import FAST
-
     return dict(
         backbone=BACKBONE,
         image_size=64,
@@ -100,6 +98,19 @@ def test_other_scores(settings, made_up_classes, picture, image_score, tmp_path)
     assert prediction.score == pytest.approx(float(expected), rel=1e-4)
     detector.save(tmp_path / "b")
     assert same(prediction, AnomalyDetector.load(tmp_path / "b").predict(picture), 1e-6)
+
+
+def test_relative_scores_and_patience(settings, made_up_classes, picture, tmp_path):
+    # Nothing is learnt at this rate, so one epoch without progress comes at once.
+    recipe = replace(settings["recipe"], learning_rate=1e-12, epochs=9, patience=1)
+    detector = AnomalyDetector(**(settings | dict(recipe=recipe, score="relative"))).fit(made_up_classes, quiet=True)
+    assert detector._training_log.splitlines()[-1].split(",")[1] == "1"  # the second epoch
+    typical = detector.scorer.typical
+    assert typical.shape == (4, 4) and typical.min() > 0 and typical.std() > 0
+    detector.save(tmp_path / "b")
+    again = AnomalyDetector.load(tmp_path / "b")
+    assert torch.equal(again.scorer.typical, typical)
+    assert same(detector.predict(picture), again.predict(picture), 1e-6)
 
 
 def test_a_list_of_files_will_do(settings, made_up_classes):

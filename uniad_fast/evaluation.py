@@ -15,7 +15,7 @@ from .images import UnreadableImage, read_mask
 from .metrics import DETECTION, LOCALISATION, detection_metrics, localisation_metrics
 from .model import save_reconstructions
 from .progress import progress
-from .scoring import Scorer, image_scores
+from .scoring import Scorer, image_scores, to_maps
 
 COLUMNS = tuple(f"image_{name}" for name in DETECTION) + tuple(f"pixel_{name}" for name in LOCALISATION)
 
@@ -59,7 +59,9 @@ def evaluate(
     if not used:
         raise DataError("no test image could be read" + "".join(f"\n  {m}" for m in unreadable[:10]))
     scorer = detector.scorer
-    scores = torch.cat([image_scores(scorer.enlarge(part), detector.image_score) for part in grids.split(64)]).tolist()
+    scores = torch.cat(
+        [image_scores(to_maps(part, scorer.image_size), detector.image_score) for part in grids.split(64)]
+    ).tolist()
     by_class: dict[str, dict[str, float | None]] = {}
     notes: dict[str, list[str]] = {}
     for name in sorted({sample.class_name for sample in used}):
@@ -131,7 +133,7 @@ class _MapsAndMasks:
                     self._unreadable.append(str(error))
                     self._items.remove(item)
                     continue
-            yield self._scorer.enlarge(grid[None])[0].numpy(), mask
+            yield to_maps(grid[None], self._scorer.image_size)[0].numpy(), mask
 
 
 def _mean(values: list[float | None]) -> float | None:

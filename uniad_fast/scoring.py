@@ -90,14 +90,9 @@ class Scorer(nn.Module):
         norm = torch.linalg.vector_norm(white, dim=1)
         return norm if score == "whitened" else norm / self.typical
 
-    def enlarge(self, grids: Tensor) -> Tensor:
-        """[B, H, W] -> anomaly maps [B, S, S], bilinear with aligned corners."""
-        size = (self.image_size, self.image_size)
-        return F.interpolate(grids[:, None], size, mode="bilinear", align_corners=True)[:, 0]
-
     def maps(self, tokens: Tensor) -> Tensor:
         """tokens [B, N, C] -> anomaly maps [B, S, S]."""
-        return self.enlarge(self.grids(tokens))
+        return to_maps(self.grids(tokens), self.image_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, S, S] in [0, 1] -> anomaly maps [B, S, S]."""
@@ -109,6 +104,12 @@ class Scorer(nn.Module):
 
     def _on_grid(self, tokens: Tensor) -> Tensor:
         return tokens.transpose(1, 2).unflatten(2, self.model.feature_size)
+
+
+def to_maps(grids: Tensor, image_size: int) -> Tensor:
+    """[B, H, W] -> anomaly maps [B, S, S], bilinear with aligned corners."""
+    size = (image_size, image_size)
+    return F.interpolate(grids[:, None], size, mode="bilinear", align_corners=True)[:, 0]
 
 
 def image_scores(maps: Tensor, kind: str) -> Tensor:

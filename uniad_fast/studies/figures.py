@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ..files import atomic_path
 from ..images import read_image, to_tensor
+from ..scoring import to_maps
 from .data import StudyData
 from .tables import DETECTION, LOCALISATION, Row, has_masks, means_over_classes
 from .trial import EVERY_CLASS
@@ -63,7 +63,7 @@ def draw_maps(rows: Sequence[Row], systems: Sequence[str], data: StudyData, path
     """
     from matplotlib.figure import Figure
 
-    columns: list[tuple[str, dict[int, NDArray]]] = []
+    columns: list[tuple[str, dict[int, torch.Tensor]]] = []
     for system in systems:
         found = [
             row
@@ -89,22 +89,17 @@ def draw_maps(rows: Sequence[Row], systems: Sequence[str], data: StudyData, path
         if data.masks is not None:
             axes[line][1].imshow(data.masks[index], cmap="gray")
     for col, (name, grids) in enumerate(columns, start=fixed):
-        low = float(np.median(np.stack(list(grids.values()))))
+        low = float(np.median(torch.stack(list(grids.values()))))
         high = max(float(grid.max()) for grid in grids.values())
         for line, index in enumerate(pictured):
-            axes[line][col].imshow(_enlarge(grids[index], data.image_size), cmap="inferno", vmin=low, vmax=high)
+            axes[line][col].imshow(to_maps(grids[index][None], data.image_size)[0], cmap="inferno", vmin=low, vmax=high)
         axes[0][col].set_title(name, fontsize=6)
     figure.suptitle(title, fontsize=9)
     return _save(figure, path)
 
 
-def _grids(row: dict[str, Any]) -> dict[int, NDArray]:
-    return {int(index): np.array(grid) for index, grid in row["grids"].items()}
-
-
-def _enlarge(grid: NDArray, size: int) -> NDArray:
-    tensor = torch.from_numpy(grid)[None, None]
-    return torch.nn.functional.interpolate(tensor, (size, size), mode="bilinear", align_corners=True)[0, 0].numpy()
+def _grids(row: dict[str, Any]) -> dict[int, torch.Tensor]:
+    return {int(index): torch.tensor(grid) for index, grid in row["grids"].items()}
 
 
 def _save(figure: Any, path: Path) -> Path:

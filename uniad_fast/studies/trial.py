@@ -15,7 +15,7 @@ from ..calibration import fit_score
 from ..files import atomic_path
 from ..metrics import detection_metrics
 from ..recipes import Recipe
-from ..scoring import SCORES, Scorer, image_scores
+from ..scoring import SCORES, Scorer, image_scores, to_maps
 from ..training import ResumeError, channel_statistics, seeded_generators, train
 from .data import StudyData
 from .systems import System
@@ -185,7 +185,7 @@ def _measure(scorer: Scorer, data: StudyData, trial: Trial) -> list[dict[str, An
     rows: list[dict[str, Any]] = []
     for score in trial.scores:
         grid = torch.cat(grids[score])
-        by_class = [_measure_class(scorer, data, grid, name) for name in data.classes]
+        by_class = [_measure_class(data, grid, name) for name in data.classes]
         mean = {
             name: None if by_class[0][name] is None else float(np.mean([row[name] for row in by_class]))
             for name in by_class[0]
@@ -196,10 +196,10 @@ def _measure(scorer: Scorer, data: StudyData, trial: Trial) -> list[dict[str, An
     return rows
 
 
-def _measure_class(scorer: Scorer, data: StudyData, grids: torch.Tensor, name: str) -> dict[str, float | None]:
+def _measure_class(data: StudyData, grids: torch.Tensor, name: str) -> dict[str, float | None]:
     rows = [i for i, sample in enumerate(data.test) if sample.class_name == name]
     labels = [data.test[i].defective for i in rows]
-    maps = scorer.enlarge(grids[rows])
+    maps = to_maps(grids[rows], data.image_size)
     image = {
         f"image_auroc_{kind}": detection_metrics(image_scores(maps, kind).numpy(), labels).values["auroc"]
         for kind in ("max", "mean")
