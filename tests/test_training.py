@@ -189,6 +189,18 @@ def test_muon_learns_and_resumes(tmp_path):
         assert torch.equal(mine, other)
 
 
+@pytest.mark.parametrize(("bfloat16", "expected"), [(True, "muon"), (False, "adamw")])
+def test_the_optimizer_follows_the_device(bfloat16, expected, monkeypatch):
+    """Muon's products are bfloat16, which takes 70 times as long on a processor that has none."""
+    monkeypatch.setattr(optimization, "computes_in_bfloat16", lambda precision, device: bfloat16)
+    recipe, cpu = replace(RECIPE, optimizer="auto"), torch.device("cpu")
+    assert optimization.optimizer_name(recipe, cpu) == (expected if hasattr(torch.optim, "Muon") else "adamw")
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    assert optimization.optimizer_name(recipe, cpu) == "adamw"
+    with pytest.raises(ValueError, match=r"needs torch 2\.9"):
+        optimization.optimizer_name(replace(RECIPE, optimizer="muon"), cpu)
+
+
 @pytest.mark.parametrize(("change", "message"), [({"optimizer": "sgd"}, "'sgd'"), ({"loss": "huber"}, "'huber'")])
 def test_what_a_recipe_does_not_know_is_named(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):

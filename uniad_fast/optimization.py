@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .precision import computes_in_bfloat16
 from .recipes import Recipe
 
 _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss}
@@ -18,19 +19,31 @@ def loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
     return _LOSSES[recipe.loss]
 
 
-def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Those that a step steps, each with parameters of its own.
+def optimizer_name(recipe: Recipe, device: torch.device) -> str:
+    """ "adamw" or "muon", whichever the recipe's word means on this device.
 
     Raises:
         ValueError: another name, or Muon with a torch that has none.
     """
-    rate, decay = recipe.learning_rate, recipe.weight_decay
-    if recipe.optimizer == "adamw":
-        return [torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)]
-    if recipe.optimizer != "muon":
-        raise ValueError(f"optimizer must be 'adamw' or 'muon', got {recipe.optimizer!r}")
-    if not hasattr(torch.optim, "Muon"):
+    if recipe.optimizer not in ("adamw", "muon", "auto"):
+        raise ValueError(f"optimizer must be 'adamw', 'muon' or 'auto', got {recipe.optimizer!r}")
+    there = hasattr(torch.optim, "Muon")
+    if recipe.optimizer == "auto":
+        return "muon" if there and computes_in_bfloat16("auto", device) else "adamw"
+    if recipe.optimizer == "muon" and not there:
         raise ValueError(f"optimizer 'muon' needs torch 2.9 or newer, this is {torch.__version__}")
+    return recipe.optimizer
+
+
+def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Those that a step steps, each with parameters of its own.
+
+    Raises:
+        ValueError: see `optimizer_name`.
+    """
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    if optimizer_name(recipe, next(model.parameters()).device) == "adamw":
+        return [torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)]
     # Muon is meant for matrices between hidden layers: not for embeddings, nor for the first layer and the last.
     matrices = {
         id(p)

@@ -20,7 +20,8 @@ class Recipe:
         query_std: deviation of the learned queries' initial values.
         zero_blocks: attention and FFN give zero at first, so that every layer begins as its residual connection.
         precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the device has it, float32 elsewhere.
-        optimizer: "adamw", or "muon" for the matrices of attention and FFN with "adamw" for the rest.
+        optimizer: "adamw", or "muon" for the matrices of attention and FFN with "adamw" for the rest, or "auto": "muon"
+            where torch has it (2.9) and the device has bfloat16, in which Muon computes; "adamw" elsewhere.
         loss: between reconstruction and feature, "mse" (the paper's) or "l1".
         score: how a residual becomes a number, "l2" (the paper's), "whitened" or "relative"; see
             `uniad_fast.scoring`.
@@ -78,7 +79,7 @@ FAST = Recipe(
     epochs=5,
     min_steps=300,
     batch_size=16,
-    learning_rate=1e-3,
+    learning_rate=2e-3,
     weight_decay=1e-4,
     clip=1.0,
     schedule="one_cycle",
@@ -90,6 +91,7 @@ FAST = Recipe(
     query_std=0.02,
     precision="auto",
     score="whitened",
+    optimizer="auto",
     zero_blocks=True,
 )
 

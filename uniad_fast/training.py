@@ -96,6 +96,7 @@ def train(
     schedulers = [optimization.scheduler(optimizer, recipe, total) for optimizer in optimizers]
     run = json.loads(json.dumps({**run, "recipe": asdict(recipe), "seed": seed, "images": len(tokens)}))
     run["bfloat16"] = computes_in_bfloat16(recipe.precision, device)
+    run["optimizer"] = optimization.optimizer_name(recipe, device)
     mean, std = mean.to(device), std.to(device)
     if recipe.patience and (validation is None or not len(validation)):
         raise ValueError(f"a recipe with patience {recipe.patience} needs held-out good images to watch")
