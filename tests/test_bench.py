@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import QUICK
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -22,3 +24,20 @@ def test_comparisons_run(command, expected):
     result = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, cwd=BENCH)
     assert result.returncode == 0, result.stderr
     assert expected in result.stdout, result.stdout
+
+
+def test_a_memory_finds_what_is_far_from_all_it_has_seen(made_up_classes, backbone_weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = ["nearest_neighbors.py", made_up_classes, *QUICK, "--backbone-weights", backbone_weights]
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=BENCH)
+    assert result.returncode == 0, result.stderr
+    best = next(line for line in result.stdout.splitlines() if line.split()[:3] == ["all", "stages", "max"])
+    assert float(best.split()[4]) > 0.9, result.stdout
+
+
+def test_distances_are_those_to_the_nearest(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    from nearest_neighbors import distances
+
+    tokens, remembered = torch.randn(20, 3, 5), torch.randn(30, 5)
+    torch.testing.assert_close(distances(tokens, remembered), torch.cdist(tokens, remembered[None]).amin(-1))

@@ -14,7 +14,7 @@ from .data import StudyData
 from .tables import DETECTION, LOCALISATION, Row, has_masks, means_over_classes
 from .trial import EVERY_CLASS
 
-_COLORS = ("#4477AA", "#66CCEE", "#228833", "#CCBB44", "#AA3377", "#EE6677", "#BBBBBB")
+_COLORS = ("#4477AA", "#66CCEE", "#228833", "#CCBB44", "#AA3377", "#EE6677", "#000000")
 _DPI = 100
 
 
