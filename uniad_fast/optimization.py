@@ -42,20 +42,21 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
         ValueError: see `optimizer_name`.
     """
     rate, decay = recipe.learning_rate, recipe.weight_decay
-    if optimizer_name(recipe, next(model.parameters()).device) == "adamw":
-        return [torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)]
+
+    def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
+
+    parameters = dict(model.named_parameters())
+    if optimizer_name(recipe, next(iter(parameters.values())).device) == "adamw":
+        return [adamw(list(parameters.values()))]
     # Muon is meant for matrices between hidden layers: not for embeddings, nor for the first layer and the last.
-    matrices = {
-        id(p)
-        for name, p in model.named_parameters()
-        if p.ndim == 2 and "embed" not in name and not name.startswith(("input_proj", "output_proj"))
-    }
-    hidden = [p for p in model.parameters() if id(p) in matrices]
-    rest = [p for p in model.parameters() if id(p) not in matrices]
-    return [
-        torch.optim.Muon(hidden, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=rate, weight_decay=decay, fused=True),
-    ]
+    outer = ("input_proj", "output_proj")
+    hidden = {n for n, p in parameters.items() if p.ndim == 2 and "embed" not in n and not n.startswith(outer)}
+    rest = adamw([p for n, p in parameters.items() if n not in hidden])
+    if not hidden:  # a CNN's
+        return [rest]
+    matrices = [parameters[n] for n in parameters if n in hidden]
+    return [torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"), rest]
 
 
 def scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int) -> torch.optim.lr_scheduler.LRScheduler:

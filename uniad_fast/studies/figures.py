@@ -89,10 +89,11 @@ def draw_maps(rows: Sequence[Row], systems: Sequence[str], data: StudyData, path
         if data.masks is not None:
             axes[line][1].imshow(data.masks[index], cmap="gray")
     for col, (name, grids) in enumerate(columns, start=fixed):
-        low = float(np.median(torch.stack(list(grids.values()))))
+        low = float(np.median(torch.stack(list(grids.values())).numpy()))
         high = max(float(grid.max()) for grid in grids.values())
         for line, index in enumerate(pictured):
-            axes[line][col].imshow(to_maps(grids[index][None], data.image_size)[0], cmap="inferno", vmin=low, vmax=high)
+            picture = to_maps(grids[index][None], data.image_size)[0].numpy()
+            axes[line][col].imshow(picture, cmap="inferno", vmin=low, vmax=high)
         axes[0][col].set_title(name, fontsize=6)
     figure.suptitle(title, fontsize=9)
     return _save(figure, path)
