@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +19,7 @@ from uniad_fast.backbone import Backbone
 from uniad_fast.cli import app
 from uniad_fast.data import DataError, Dataset, load_dataset
 from uniad_fast.evaluation import evaluate
+from uniad_fast.files import locked
 from uniad_fast.recipes import FAST
 from uniad_fast.studies import study, trial
 from uniad_fast.studies.data import StudyData
@@ -136,6 +139,33 @@ def test_every_run_of_a_study_is_measured_and_the_mean_is_over_classes(data, tmp
 def row(system, seed, epoch, value, setting="unified", pixel=None, score="l2"):
     values = dict(image_auroc_max=value, image_auroc_mean=value / 2, pixel_auroc=pixel, loss=1 / epoch, seconds=epoch)
     return dict(system=system, setting=setting, seed=seed, epoch=epoch, score=score, **{"class": EVERY_CLASS}, **values)
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "SHORTCUT_SYSTEMS", (MLP, UNIAD))
+    planned = plan("shortcut", data, seeds=1, epochs=1)
+    first, *others = planned.trials
+    alone = run_study(planned, data, tmp_path / "alone", CPU, quiet=True)
+    (tmp_path / "shared" / "runs").mkdir(parents=True)
+    trained, ended = [], threading.Event()
+    train = trial.train
+
+    def record(*args, **options):
+        trained.append(args[7]["trial"]["system"]["name"])
+        epochs = train(*args, **options)
+        if len(trained) == len(others):
+            ended.set()
+        return epochs
+
+    with ThreadPoolExecutor() as pool:
+        # A lock is of an open file: within one process it keeps out just the same.
+        with locked(tmp_path / "shared" / "runs" / f".{first.name}.lock"):
+            run_trial(first, data, tmp_path / "shared" / "runs", CPU)
+            monkeypatch.setattr(trial, "train", record)
+            shared = pool.submit(run_study, planned, data, tmp_path / "shared", CPU, quiet=True)
+            assert ended.wait(60) and not shared.done()
+        assert without_seconds(shared.result(60)) == without_seconds(alone)
+    assert len(trained) == len(others)
 
 
 def test_the_tables_say_what_was_measured():

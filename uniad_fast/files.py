@@ -46,11 +46,18 @@ def atomic_directory(target: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(path: str | os.PathLike) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`, made if missing; waits for another process that has it."""
+def locked(path: str | os.PathLike, wait: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock on the file `path`, made if missing, and give True.
+
+    Where another process has it: waits for it, or without `wait` gives False.
+    """
     with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def sha256_of_file(path: str | os.PathLike) -> str:
