@@ -1,13 +1,11 @@
 """Thresholds that hold their rate, whitening that whitens, colours that are one for all."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from uniad_fast.calibration import fit_score, residual_whitening, threshold_for
+from uniad_fast.calibration import fit_score, threshold_for
 from uniad_fast.heatmap import heat_map
 from uniad_fast.scoring import Scorer, image_scores
 
@@ -33,13 +31,12 @@ def test_bad_threshold_input(scores, rate, message):
         threshold_for(scores, rate)
 
 
-class Residuals:
-    """A scorer whose residual is its input; the deepest stage has five of its seven channels."""
-
-    backbone = SimpleNamespace(deepest=slice(2, 7))
-
-    def residual(self, tokens):
-        return tokens.transpose(1, 2)[..., None]
+def make_scorer(feature_size, score):
+    """Its residual is minus its input; the deepest stage has five of the seven channels."""
+    model, backbone = torch.nn.Module(), torch.nn.Module()
+    model.feature_size, model.reconstruct = feature_size, torch.zeros_like
+    backbone.channels, backbone.deepest = 7, slice(2, 7)
+    return Scorer(backbone, model, 32, "float32", score)
 
 
 def test_whitening_makes_good_residuals_white():
@@ -47,20 +44,16 @@ def test_whitening_makes_good_residuals_white():
     mixing = np.eye(5) + 0.2 * rng.normal(size=(5, 5))
     deepest = (rng.normal(size=(200, 30, 5)) @ mixing).astype(np.float32)
     tokens = np.concatenate([rng.normal(size=(200, 30, 2)).astype(np.float32), deepest], axis=-1)
-    whitening = residual_whitening(Residuals(), tokens).numpy()
-    white = deepest.reshape(-1, 5) @ whitening.T
+    scorer = make_scorer((5, 6), "whitened")
+    fit_score(scorer, tokens)
+    white = deepest.reshape(-1, 5) @ scorer.whitening.numpy().T
     np.testing.assert_allclose(white.T @ white / len(white), np.eye(5), atol=0.1)
 
 
 def test_relative_scores_of_good_images_are_one_on_average_everywhere():
     rng = np.random.default_rng(0)
     tokens = rng.normal(size=(300, 6, 7)).astype(np.float32) * np.arange(1, 7, dtype=np.float32)[:, None]
-    model = torch.nn.Module()
-    model.feature_size = (2, 3)
-    model.reconstruct = torch.zeros_like
-    backbone = torch.nn.Module()
-    backbone.channels, backbone.deepest = 7, slice(2, 7)
-    scorer = Scorer(backbone, model, 32, "float32", "relative")
+    scorer = make_scorer((2, 3), "relative")
     fit_score(scorer, tokens)
     grids = scorer.grids(torch.from_numpy(tokens))
     torch.testing.assert_close(grids.mean(0), torch.ones(2, 3))
@@ -68,7 +61,7 @@ def test_relative_scores_of_good_images_are_one_on_average_everywhere():
     assert whitened.mean(0).max() > 4 * whitened.mean(0).min()  # as they are, the last location drowns the first
     torch.testing.assert_close(grids * whitened.mean(0), whitened)
     with pytest.raises(ValueError, match="'cosine'"):
-        Scorer(backbone, model, 32, "float32", "cosine")
+        make_scorer((2, 3), "cosine")
 
 
 def test_image_scores():

@@ -58,25 +58,26 @@ def fit_score(scorer: Scorer, tokens: NDArray) -> None:
 
     Some hundred images, evenly picked, stand for all.
     """
+    if scorer.whitening is None:
+        return
     picked = tokens[:: max(1, len(tokens) // _SCORE_IMAGES)]
-    if scorer.whitening is not None:
-        scorer.whitening = residual_whitening(scorer, picked).to(scorer.device)
+    residuals = torch.cat([scorer.residual(batch)[:, scorer.backbone.deepest] for batch in _batches(picked)])
+    scorer.whitening = whitening_of(residuals).to(scorer.device)
     if scorer.typical is not None:
-        sums = [scorer.norm(scorer.residual(batch), "whitened").sum(dim=0) for batch in _batches(picked)]
-        scorer.typical = torch.stack(sums).sum(dim=0) / len(picked)  # never 0: whitened residuals do not vanish
+        norms = torch.cat([scorer.whitened_norm(batch) for batch in residuals.split(_BATCH)])
+        scorer.typical = norms.mean(dim=0)  # never 0: whitened residuals do not vanish
 
 
-def residual_whitening(scorer: Scorer, tokens: NDArray) -> Tensor:
-    """[C', C'] float32 that makes the deepest stage's residuals of these features [images, N, C] white.
+def whitening_of(residuals: Tensor) -> Tensor:
+    """[C, C] float32 that makes these residuals [B, C, H, W] white.
 
     A share of the mean variance is added to every direction, so that those in which good images never fail do not
     drown the rest.
     """
-    deepest = scorer.backbone.deepest
-    channels = deepest.stop - deepest.start
+    channels = residuals.shape[1]
     covariance, count = torch.zeros(channels, channels, dtype=torch.float64), 0
-    for batch in _batches(tokens):
-        rows = scorer.residual(batch)[:, deepest].transpose(0, 1).flatten(1).double().cpu()  # [C', B * N]
+    for batch in residuals.split(_BATCH):
+        rows = batch.transpose(0, 1).flatten(1).double().cpu()  # [C, B * N]
         covariance += rows @ rows.T
         count += rows.shape[1]
     covariance /= count

@@ -86,9 +86,15 @@ class Scorer(nn.Module):
         """residual [B, C, H, W] -> [B, H, W] by one of `SCORES`, of which this scorer needs the buffers."""
         if score == "l2":
             return torch.linalg.vector_norm(residual, dim=1)
-        white = torch.einsum("dc,bchw->bdhw", self.whitening, residual[:, self.backbone.deepest])
-        norm = torch.linalg.vector_norm(white, dim=1)
-        return norm if score == "whitened" else norm / self.typical
+        norm = self.whitened_norm(residual[:, self.backbone.deepest])
+        if score == "whitened":
+            return norm
+        assert self.typical is not None, "a scorer made for 'relative' has it"
+        return norm / self.typical
+
+    def whitened_norm(self, residual: Tensor) -> Tensor:
+        """residual [B, C', H, W] of the deepest stage -> [B, H, W]: its Mahalanobis norm."""
+        return torch.linalg.vector_norm(torch.einsum("dc,bchw->bdhw", self.whitening, residual), dim=1)
 
     def maps(self, tokens: Tensor) -> Tensor:
         """tokens [B, N, C] -> anomaly maps [B, S, S]."""
@@ -115,7 +121,10 @@ def to_maps(grids: Tensor, image_size: int) -> Tensor:
 def image_scores(maps: Tensor, kind: str) -> Tensor:
     """maps [B, S, S] -> [B]: "max" of the average-pooled map (section 3.3), or the map's "mean" or "std"."""
     if kind == "max":
-        return F.avg_pool2d(maps[:, None], min(_POOL, *maps.shape[1:]), stride=1).amax(dim=(1, 2, 3))
+        side = min(_POOL, *maps.shape[1:])
+        # A square's mean as the mean of its columns' means: 2 * 16 additions a pixel, not 16 * 16.
+        columns = F.avg_pool2d(maps[:, None], (side, 1), stride=1)
+        return F.avg_pool2d(columns, (1, side), stride=1).amax(dim=(1, 2, 3))
     if kind == "mean":
         return maps.mean(dim=(1, 2))
     if kind == "std":

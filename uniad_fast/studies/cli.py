@@ -52,7 +52,8 @@ def study(
 ) -> None:
     """Train the systems that the paper compares and measure them as they learn.
 
-    The same command goes on where it was interrupted. Writes results.csv, table.md and the figures.
+    The same command goes on where it was interrupted; started several times at once, for a core or a GPU each, its
+    processes share the runs. Writes results.csv, table.md and the figures.
     """
     started = time.monotonic()
     require("matplotlib")

@@ -95,7 +95,7 @@ def plan(name: str, data: StudyData, seeds: int = 3, epochs: int | None = None, 
             for system in SHORTCUT_SYSTEMS
         ]
         return Study(name, tuple(trials))
-    every = max(1, recipe.epochs // 2)
+    every = max(1, epochs_and_steps(len(data.train), recipe)[0] // 2)
     systems = recipe_systems() if name == "recipe" else PART_SYSTEMS
     compared = [(system, seed) for seed in range(seeds) for system in systems]
     if name == "ablation" and not quick:
