@@ -179,9 +179,9 @@ def test_the_tables_say_what_was_measured():
     assert line == "| A | unified | 0.2500 | 0.850 ± 0.071 | 0.650 ± 0.071 | 0.200 ± 0.000 |"
     rows = [r | {"pixel_auroc": 0.25 if r["system"] == "A" else 0.5} for r in rows]
     head, _, first, second = final_table(rows, ["A", "B"]).splitlines()
-    assert head == "| system | image AUROC, l2 | difference | pixel AUROC, l2 | difference | seconds |"
-    assert first == "| A | 0.650 ± 0.071 |  | 0.250 ± 0.000 |  | 4 |"
-    assert second == "| B | 0.800 ± 0.000 | +0.150 | 0.500 ± 0.000 | +0.250 | 4 |"
+    assert head == "| system | loss | image AUROC, l2 | difference | pixel AUROC, l2 | difference | seconds |"
+    assert first == "| A | 0.250 | 0.650 ± 0.071 |  | 0.250 ± 0.000 |  | 4 |"
+    assert second == "| B | 0.250 | 0.800 ± 0.000 | +0.150 | 0.500 ± 0.000 | +0.250 | 4 |"
 
 
 def test_the_time_table_says_when_the_papers_best_is_reached():

@@ -62,22 +62,21 @@ def shortcut_table(rows: Sequence[Row], systems: Sequence[str]) -> str:
 
 
 def final_table(rows: Sequence[Row], systems: Sequence[str], image_metric: str = DETECTION) -> str:
-    """Markdown: AUROC of each system at the end by each score, and how far from the first system's."""
+    """Markdown: loss and AUROC of each system at the end, the latter by each score and how far from the first's."""
     metrics = {"image": image_metric} | ({"pixel": LOCALISATION} if has_masks(rows) else {})
-    scores = sorted({row["score"] for row in rows})
+    scores = [score for score in SCORES if any(row["score"] == score for row in rows)]
     columns = [(f"{name} AUROC, {score}", score, metric) for score in scores for name, metric in metrics.items()]
-    header = ["system", *(part for name, *_ in columns for part in (name, "difference")), "seconds"]
+    header = ["system", "loss", *(part for name, *_ in columns for part in (name, "difference")), "seconds"]
     body = []
     for system in systems:
-        cells = [system]
+        cells = [system, f"{mean(_last(rows, system, scores[0], 'loss').values()):.3f}"]
         for _, score, metric in columns:
             here, first = (_last(rows, name, score, metric) for name in (system, systems[0]))
             cells.append(str(Spread.of(list(here.values()))))
             # Seed against seed: what a seed does to every system alike is no difference.
             differences = [here[seed] - first[seed] for seed in here if seed in first]
             cells.append("" if system == systems[0] else f"{mean(differences):+.3f}")
-        by_seed = means_over_classes(rows, system, "unified", scores[0])
-        cells.append(f"{mean(found[-1]['seconds'] for found in by_seed.values()):.0f}")
+        cells.append(f"{mean(_last(rows, system, scores[0], 'seconds').values()):.0f}")
         body.append(cells)
     return _markdown(header, body)
 
@@ -111,7 +110,7 @@ def _time_cells(name: str, row: Row, metric: str) -> list[str]:
 
 
 def _last(rows: Sequence[Row], system: str, score: str, metric: str) -> dict[int, float]:
-    """{seed: the metric's mean over classes at the end}."""
+    """{seed: at the end, the metric's mean over classes}."""
     by_seed = means_over_classes(rows, system, "unified", score)
     return {seed: found[-1][metric] for seed, found in by_seed.items()}
 
