@@ -211,8 +211,8 @@ def test_a_run_is_measured_where_it_ends(data, tmp_path):
 
 def test_every_system_is_what_its_name_says():
     grid, recipe = (8, 8), replace(FAST, epochs=1)
-    systems = [*SHORTCUT_SYSTEMS, *PART_SYSTEMS, *switch_systems(grid), *recipe_systems()]
-    for names in (SHORTCUT_SYSTEMS, (*PART_SYSTEMS, *switch_systems(grid)), recipe_systems()):
+    systems = [*SHORTCUT_SYSTEMS, *PART_SYSTEMS, *switch_systems(grid), *recipe_systems(FAST)]
+    for names in (SHORTCUT_SYSTEMS, (*PART_SYSTEMS, *switch_systems(grid)), recipe_systems(FAST)):
         identities = [json.dumps([s.network, s.options, s.changes], default=list, sort_keys=True) for s in names]
         assert len(set(identities)) == len({s.name for s in names}) == len(names)
     for system in systems:
@@ -240,6 +240,17 @@ def test_every_system_is_what_its_name_says():
     assert {s.name: s.recipe(recipe).jitter_prob for s in PART_SYSTEMS}["without FJ"] == 0.0
     with pytest.raises(ValueError, match="'gru'"):
         System("x", "gru").build(12, 16, grid, recipe)
+
+
+@pytest.mark.parametrize("name", ["shortcut", "ablation", "recipe"])
+def test_a_quick_study_is_an_eighth_of_each_run(name, data):
+    whole, quick = plan(name, data), plan(name, data, quick=True)
+    assert {trial.seed for trial in quick.trials} == {0} and len(quick.trials) < len(whole.trials)
+    recipes = {(t.system.name, t.setting): t.system.recipe(t.recipe) for t in whole.trials}
+    for one in quick.trials:
+        short, long = one.system.recipe(one.recipe), recipes[one.system.name, one.setting]
+        assert short.epochs <= max(2, long.epochs // 8) and short.min_steps == 0
+        assert replace(short, epochs=long.epochs, min_steps=long.min_steps) == long
 
 
 def test_data_that_can_not_be_studied_is_named(data, backbone, tmp_path):

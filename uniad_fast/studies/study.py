@@ -65,8 +65,8 @@ def plan(name: str, data: StudyData, seeds: int = 3, epochs: int | None = None, 
     Args:
         seeds: how many, from 0; of the separate setting, and of where and how the mask and the jitter act, one.
         epochs: of every run, in "time" of the paper's recipe alone; None is the study's own.
-        quick: an eighth of the epochs, one seed, a third of the evaluations and of an ablation the parts alone: to see
-            it work, not to conclude.
+        quick: an eighth of the epochs (in "time" of the paper's recipe alone), one seed, a third of the evaluations and
+            of an ablation the parts alone: to see it work, not to conclude.
 
     Raises:
         ValueError: no such study, or not even one seed.
@@ -98,7 +98,7 @@ def plan(name: str, data: StudyData, seeds: int = 3, epochs: int | None = None, 
         return Study(name, tuple(trials))
     # The ablation is looked at half-way too; of the recipe's changes the end counts.
     every = max(1, recipe.epochs // 2) if name == "ablation" else sys.maxsize
-    systems = recipe_systems() if name == "recipe" else PART_SYSTEMS
+    systems = recipe_systems(recipe) if name == "recipe" else PART_SYSTEMS
     compared = [(system, seed) for seed in range(seeds) for system in systems]
     if name == "ablation" and not quick:
         compared += [(system, 0) for system in switch_systems(grid)]

@@ -111,8 +111,9 @@ def switch_systems(feature_size: Size) -> tuple[System, ...]:
     )
 
 
-def recipe_systems() -> tuple[System, ...]:
-    """The fast recipe, and each change of it alone."""
+def recipe_systems(base: Recipe) -> tuple[System, ...]:
+    """A recipe, the fast one or a shorter, and each change of it alone."""
+    longer = {"epochs": 2 * base.epochs, "min_steps": 2 * base.min_steps}
     changes: dict[str, Mapping[str, Any]] = {
         "the recipe": {},
         "AdamW, rate 1e-3": {"optimizer": "adamw", "learning_rate": 1e-3},
@@ -120,9 +121,9 @@ def recipe_systems() -> tuple[System, ...]:
         "queries from N(0, 1)": {"query_std": 1.0},
         "features not standardised": {"standardize": False},
         "constant rate": {"schedule": "constant"},
-        "early stop": {"schedule": "constant", "epochs": 10, "min_steps": 600, "warmup": 0.08, "patience": 2},
+        "early stop": {**longer, "schedule": "constant", "warmup": 0.08, "patience": 2},
         "rate 1e-3": {"learning_rate": 1e-3},
-        "batch 32": {"batch_size": 32, "min_steps": 150},
+        "batch 32": {"batch_size": 32, "min_steps": base.min_steps // 2},
         "L1 loss": {"loss": "l1"},
         "dropout 0.1": {"dropout": 0.1},
         "no jitter": NO_JITTER,
