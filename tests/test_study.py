@@ -136,36 +136,39 @@ def test_every_run_of_a_study_is_measured_and_the_mean_is_over_classes(data, tmp
     assert len(losses) == 4 and all(np.isfinite(loss) and loss > 0 for loss in losses)
 
 
-def row(system, seed, epoch, value, setting="unified", pixel=None, score="l2"):
-    values = dict(image_auroc_max=value, image_auroc_mean=value / 2, pixel_auroc=pixel, loss=1 / epoch, seconds=epoch)
-    return dict(system=system, setting=setting, seed=seed, epoch=epoch, score=score, **{"class": EVERY_CLASS}, **values)
-
-
 def test_a_run_that_another_process_is_at_is_left_to_it(data, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "SHORTCUT_SYSTEMS", (MLP, UNIAD))
     planned = plan("shortcut", data, seeds=1, epochs=1)
     first, *others = planned.trials
     alone = run_study(planned, data, tmp_path / "alone", CPU, quiet=True)
-    (tmp_path / "shared" / "runs").mkdir(parents=True)
-    trained, ended = [], threading.Event()
+    runs = tmp_path / "shared" / "runs"
+    runs.mkdir(parents=True)
+    trained, others_ended = [], threading.Event()
     train = trial.train
 
     def record(*args, **options):
-        trained.append(args[7]["trial"]["system"]["name"])
+        run = args[7]["trial"]
         epochs = train(*args, **options)
+        trained.append((run["system"]["name"], run["class"]))
         if len(trained) == len(others):
-            ended.set()
+            others_ended.set()
         return epochs
 
+    monkeypatch.setattr(trial, "train", record)
     with ThreadPoolExecutor() as pool:
         # A lock is of an open file: within one process it keeps out just the same.
-        with locked(tmp_path / "shared" / "runs" / f".{first.name}.lock"):
-            run_trial(first, data, tmp_path / "shared" / "runs", CPU)
-            monkeypatch.setattr(trial, "train", record)
+        with locked(runs / f".{first.name}.lock"):
             shared = pool.submit(run_study, planned, data, tmp_path / "shared", CPU, quiet=True)
-            assert ended.wait(60) and not shared.done()
+            assert others_ended.wait(60)
+            assert trained == [(one.system.name, one.class_name) for one in others]
+            run_trial(first, data, runs, CPU)
         assert without_seconds(shared.result(60)) == without_seconds(alone)
-    assert len(trained) == len(others)
+    assert len(trained) == len(planned.trials)  # what was done meanwhile is read, not done again
+
+
+def row(system, seed, epoch, value, setting="unified", pixel=None, score="l2"):
+    values = dict(image_auroc_max=value, image_auroc_mean=value / 2, pixel_auroc=pixel, loss=1 / epoch, seconds=epoch)
+    return dict(system=system, setting=setting, seed=seed, epoch=epoch, score=score, **{"class": EVERY_CLASS}, **values)
 
 
 def test_the_tables_say_what_was_measured():
