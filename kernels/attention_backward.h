@@ -9,7 +9,7 @@ namespace {
 template <class Mode, class T> struct Backward {
   const Problem& p;
   const T *query, *key, *value, *out, *out_gradient;
-  const float* log_sum_exp;
+  const float* stats;  // [batch * heads][2][tokens], as the forward pass wrote it
   T *query_gradient, *key_gradient, *value_gradient;
   float* query_parts;  // [splits][batch * heads][tokens][head_dim], or null: one split writes query_gradient
   Strides query_strides, key_strides, value_strides, out_strides, out_gradient_strides;
@@ -18,7 +18,7 @@ template <class Mode, class T> struct Backward {
   // What one group of queries brings: its tokens as words, and a number a lane.
   struct Group {
     uint32_t *query_lanes, *gradient_lanes;  // [words][GROUP]
-    float *log_sums, *delta;                 // [GROUP]
+    float *maxima, *log_sums, *delta;        // [GROUP]
   };
 
   // Keys [first, last) of one head, and their part of the gradient of every query.
@@ -42,7 +42,7 @@ template <class Mode, class T> struct Backward {
     float* columns = scratch.take<float>(p.rows_dim() * GROUP);
     float* query_sums = last - first > chunk ? scratch.take<float>(tokens * p.head_dim) : nullptr;
     Group group{scratch.take<uint32_t>(words * GROUP), scratch.take<uint32_t>(words * GROUP),
-                scratch.take<float>(GROUP), scratch.take<float>(GROUP)};
+                scratch.take<float>(GROUP), scratch.take<float>(GROUP), scratch.take<float>(GROUP)};
     GroupMasks masks(scratch, p);
 
     for (int64_t begin = first; begin < last; begin += chunk) {
@@ -111,7 +111,9 @@ template <class Mode, class T> struct Backward {
         sum += widen_vector(output + l * out_strides.token + d, p.head_dim - d) *
                widen_vector(gradient + l * out_gradient_strides.token + d, p.head_dim - d);
       group.delta[l] = sum_lanes(sum);
-      group.log_sums[l] = l < count ? log_sum_exp[plane * p.tokens() + q + l] : INF;
+      const float* at = stats + 2 * plane * p.tokens() + q + l;
+      group.maxima[l] = l < count ? at[0] : 0.f;
+      group.log_sums[l] = l < count ? at[p.tokens()] : INF;
     }
   }
 
@@ -123,8 +125,9 @@ template <class Mode, class T> struct Backward {
     const int64_t dim_words = (p.head_dim + Mode::PAIR - 1) / Mode::PAIR;
     constexpr int64_t STRIDE = QUERIES / Mode::PAIR;
     const bool dropout = p.keep_threshold != 0;
-    vfloat log_sums[V], delta[V];
+    vfloat maxima[V], log_sums[V], delta[V];
     for (int v = 0; v < V; v++) {
+      maxima[v] = load<vfloat>(group.maxima + v * LANES);
       log_sums[v] = load<vfloat>(group.log_sums + v * LANES);
       delta[v] = load<vfloat>(group.delta + v * LANES);
     }
@@ -138,7 +141,8 @@ template <class Mode, class T> struct Backward {
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
           for (int v = 0; v < V; v++) {
-            const vfloat x = exp2<Mode::EXP_DEGREE>(weight[r][v] * p.scale_log2 - log_sums[v]);
+            // The difference first: of large products it is exact, and their scaled values are not.
+            const vfloat x = exp2<Mode::EXP_DEGREE>((weight[r][v] - maxima[v]) * p.scale_log2 - log_sums[v]);
             spill[r][v] = select(masks.hidden[j + r] >> v * LANES, vfloat{}, x);
           }
         multiply<Mode, 1>(value_lanes + j, key_stride, group.gradient_lanes, GROUP, dim_words, gradient);

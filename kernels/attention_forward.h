@@ -10,7 +10,7 @@ template <class Mode, class T> struct Forward {
   const Problem& p;
   const T *query, *key, *value;
   T* out;
-  float* log_sum_exp;
+  float* stats;  // [batch * heads][2][tokens], see `uniad_attention_forward`
   Strides query_strides, key_strides, value_strides, out_strides;
 
   // Queries [first, last) of one head.
@@ -83,11 +83,10 @@ template <class Mode, class T> struct Forward {
     });
 
     for (int v = 0; v < V; v++) {
-      const vfloat scaled = maximum[v] * p.scale_log2;
       // A lane that has seen no key yet keeps a finite pivot: -inf - -inf would be NaN.
-      pivot[v] = maximum[v] == -INF ? vfloat{} : scaled;
-      const vfloat before = is_first ? splat(-INF) : load<vfloat>(state + v * LANES) * p.scale_log2;
-      correction[v] = exp2<Mode::EXP_DEGREE>(before - pivot[v]);
+      pivot[v] = maximum[v] == -INF ? vfloat{} : maximum[v];
+      const vfloat before = is_first ? splat(-INF) : load<vfloat>(state + v * LANES);
+      correction[v] = exp2<Mode::EXP_DEGREE>((before - pivot[v]) * p.scale_log2);
       total[v] = is_first ? vfloat{} : load<vfloat>(state + GROUP + v * LANES) * correction[v];
       store(state + v * LANES, maximum[v]);
     }
@@ -99,7 +98,7 @@ template <class Mode, class T> struct Forward {
 #pragma GCC unroll 2
         for (int i = 0; i < Mode::PAIR; i++) {
           const vfloat s = load<vfloat>(scores + (j + i) * GROUP + v * LANES);
-          weight[i] = exp2<Mode::EXP_DEGREE>(s * p.scale_log2 - pivot[v]);
+          weight[i] = exp2<Mode::EXP_DEGREE>((s - pivot[v]) * p.scale_log2);
           total[v] += weight[i];
           if (dropout) weight[i] = select(masks.keep[v][j + i], weight[i], vfloat{});
         }
@@ -123,12 +122,12 @@ template <class Mode, class T> struct Forward {
   }
 
   void finish(int64_t plane, int64_t q, int64_t count, float* state, float* columns) const {
-    float* log_sums = log_sum_exp + plane * p.tokens() + q;
+    float *maxima = stats + 2 * plane * p.tokens() + q, *log_sums = maxima + p.tokens();
     for (int v = 0; v * LANES < count; v++) {
       const vfloat total = load<vfloat>(state + GROUP + v * LANES), maximum = load<vfloat>(state + v * LANES);
       const vint empty = total == 0.f;
-      const vfloat log_sum = maximum * p.scale_log2 + log_of(total) * 1.44269504f;
-      narrow_vector(empty ? splat(INF) : log_sum, log_sums + v * LANES, count - v * LANES);
+      narrow_vector(empty ? vfloat{} : maximum, maxima + v * LANES, count - v * LANES);
+      narrow_vector(empty ? splat(INF) : log_of(total) * 1.44269504f, log_sums + v * LANES, count - v * LANES);
       store(state + GROUP + v * LANES, empty ? vfloat{} : p.keep_scale / total);
     }
     T* target = plane_start(out, out_strides, plane, p.heads) + q * out_strides.token;
@@ -139,7 +138,9 @@ template <class Mode, class T> struct Forward {
         float block[LANES * LANES];
         for (int i = 0; i < LANES; i++) {
           const vfloat row = i < left ? load<vfloat>(rows + (d + i) * GROUP + v * LANES) : vfloat{};
-          store(block + i * LANES, row * load<vfloat>(factor + v * LANES));
+          const vfloat by = load<vfloat>(factor + v * LANES);
+          // Without a key the output is 0, whatever the values are: 0 * inf would be NaN.
+          store(block + i * LANES, by == 0.f ? vfloat{} : row * by);
         }
         transpose((uint32_t*)block, LANES, (uint32_t*)columns, LANES);
         for (int64_t l = 0; l < std::min<int64_t>(LANES, count - v * LANES); l++)

@@ -2,12 +2,13 @@
 
 import ctypes
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .build import load, problem
-from .layout import like_tokens_first, summed_over_batch, unit_last_stride
+from .layout import contiguous, like_tokens_first, summed_over_batch, unit_last_stride
 
 __all__ = [
     "attention_backward",
@@ -70,22 +71,23 @@ def attention_forward(
     dropout_p: float,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Out [B, H, N, D] and base-2 log-sum-exp, float32 [B * H, N].
+    """Out [B, H, N, D] and the softmax's stats, float32 [B * H, 2, N]: largest product, base-2 log of the sum.
 
     query [B or 1, H, N, D], key and value [B, H, N, D].
     """
     batch, heads, tokens, _ = key.shape
     out = like_tokens_first(key)
-    log_sum_exp = torch.empty(batch * heads, tokens, dtype=torch.float32)
+    stats = _floats(batch * heads, 2, tokens)
     if out.numel() > 0:
         query, key, value = (unit_last_stride(t) for t in (query.expand_as(key), key, value))
-        load().uniad_attention_forward(
-            _DTYPES[key.dtype],
+        _call(
+            load().uniad_attention_forward,
+            key.dtype,
             _attention(key, seed, height, width, radius_row, radius_col, dropout_p, scale),
-            *(ctypes.c_void_p(t.data_ptr()) for t in (query, key, value, out, log_sum_exp)),
+            *(query, key, value, out, stats),
             _strides(query, key, value, out),
         )
-    return out, log_sum_exp
+    return out, stats
 
 
 def attention_backward(
@@ -94,7 +96,7 @@ def attention_backward(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    log_sum_exp: Tensor,
+    stats: Tensor,
     seed: Tensor | None,
     height: int,
     width: int,
@@ -112,18 +114,16 @@ def attention_backward(
     library = load()
     splits = library.uniad_attention_splits(ctypes.c_int64(tokens))
     # Parts are summed in float32, in torch's fixed order.
-    parts = torch.empty(splits, batch, heads, tokens, head_dim) if broadcast or splits > 1 else None
-    out_gradient, full_query, key, value = (
-        unit_last_stride(t) for t in (out_gradient, query.expand_as(key), key, value)
-    )
-    inputs = (full_query, key, value, out, out_gradient)
+    parts = _floats(splits, batch, heads, tokens, head_dim) if broadcast or splits > 1 else None
+    inputs = [unit_last_stride(t) for t in (query.expand_as(key), key, value, out, out_gradient)]
     gradients = (query_gradient, key_gradient, value_gradient)
-    tensors = (*inputs, log_sum_exp, *gradients)
-    library.uniad_attention_backward(
-        _DTYPES[key.dtype],
+    tensors = [*inputs, contiguous(stats), *gradients]  # held until the kernel has returned
+    _call(
+        library.uniad_attention_backward,
+        key.dtype,
         _attention(key, seed, height, width, radius_row, radius_col, dropout_p, scale),
-        (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors)),
-        None if parts is None else ctypes.c_void_p(parts.data_ptr()),
+        (ctypes.c_void_p * 9)(*map(_pointer, tensors)),
+        parts,
         _strides(*inputs, *gradients),
     )
     if parts is not None:
@@ -136,14 +136,11 @@ def jitter_forward(
 ) -> tuple[Tensor, Tensor]:
     """Out [T, O] and the deviation of each token's noise, float32 [T], of tokens [T, C], weight [O, C], bias [O]."""
     out = tokens.new_empty(tokens.shape[0], weight.shape[0])
-    deviation = torch.empty(tokens.shape[0], dtype=torch.float32)
+    deviation = _floats(tokens.shape[0])
     if out.numel() > 0:
-        tokens, weight = tokens.contiguous(), weight.contiguous()
-        load().uniad_jitter_forward(
-            _DTYPES[tokens.dtype],
-            _jitter(tokens, weight, seed, scale, prob),
-            *(_pointer(t) for t in (tokens, weight, None if bias is None else bias.contiguous(), out, deviation)),
-        )
+        problem_of = _jitter(tokens, weight, seed, scale, prob)
+        tokens, weight, bias = contiguous(tokens), contiguous(weight), None if bias is None else contiguous(bias)
+        _call(load().uniad_jitter_forward, tokens.dtype, problem_of, tokens, weight, bias, out, deviation)
     return out, deviation
 
 
@@ -159,19 +156,20 @@ def jitter_backward(
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of tokens, weight and bias; those not asked for are empty."""
-    out_gradient, tokens, weight = out_gradient.contiguous(), tokens.contiguous(), weight.contiguous()
+    out_gradient, tokens, weight, deviation = (contiguous(t) for t in (out_gradient, tokens, weight, deviation))
     (count, channels), outs = tokens.shape, weight.shape[0]
     token_gradient = torch.zeros_like(tokens) if with_tokens else tokens.new_empty(0)
-    parts, bias_parts = torch.zeros(1, outs, channels), torch.zeros(1, outs)
+    parts, bias_parts = _floats(1, outs, channels).zero_(), _floats(1, outs).zero_()
     if count and outs and channels:
         library = load()
         splits = library.uniad_jitter_splits(ctypes.c_int64(count))
-        parts, bias_parts = torch.empty(splits, outs, channels), torch.empty(splits, outs)
-        library.uniad_jitter_backward(
-            _DTYPES[tokens.dtype],
+        parts, bias_parts = _floats(splits, outs, channels), _floats(splits, outs)
+        _call(
+            library.uniad_jitter_backward,
+            tokens.dtype,
             _jitter(tokens, weight, seed, scale, prob),
-            *(_pointer(t) for t in (out_gradient, tokens, weight, deviation)),
-            *(_pointer(t) for t in (parts, bias_parts, token_gradient if with_tokens else None)),
+            *(out_gradient, tokens, weight, deviation),
+            *(parts, bias_parts, token_gradient if with_tokens else None),
         )
     bias_gradient = bias_parts.sum(0).to(weight.dtype) if with_bias else weight.new_empty(0)
     return token_gradient, parts.sum(0).to(weight.dtype), bias_gradient
@@ -184,14 +182,11 @@ def norm_forward(
 
     x [R, C]; residual [R', C], row r meets row r % R'; weight and bias float32 [C].
     """
-    x, residual = x.contiguous(), residual.contiguous()
-    out, stats = torch.empty_like(x), torch.empty(x.shape[0], 2)
+    x, residual, weight, bias = (contiguous(t) for t in (x, residual, weight, bias))
+    out, stats = torch.empty_like(x), _floats(x.shape[0], 2)
     if out.numel() > 0:
-        load().uniad_norm_forward(
-            _DTYPES[x.dtype],
-            _rows(x, residual.shape[0], seed, dropout_p, eps),
-            *(_pointer(t) for t in (x, residual, weight.contiguous(), bias.contiguous(), out, stats)),
-        )
+        rows = _rows(x, residual.shape[0], seed, dropout_p, eps)
+        _call(load().uniad_norm_forward, x.dtype, rows, x, residual, weight, bias, out, stats)
     return out, stats
 
 
@@ -204,41 +199,52 @@ def norm_backward(
     seed: Tensor | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual (the same tensor where both are the sum's), weight and bias, the last two in float32."""
-    out_gradient, x, residual = out_gradient.contiguous(), x.contiguous(), residual.contiguous()
-    sum_gradient = torch.empty_like(x)
-    x_gradient = torch.empty_like(x) if dropout_p > 0 else sum_gradient
-    parts = torch.zeros(1, 2, x.shape[1])
+    """Gradients of x, residual, weight and bias, the last two in float32; no two share memory."""
+    out_gradient, x, residual = (contiguous(t) for t in (out_gradient, x, residual))
+    weight, stats = contiguous(weight), contiguous(stats)
+    # Two tensors even where they are equal, without dropout: whoever gets one may add to it in place.
+    sum_gradient, x_gradient = torch.empty_like(x), torch.empty_like(x)
+    parts = _floats(1, 2, x.shape[1]).zero_()
     if x.numel() > 0:
         library = load()
-        parts = torch.empty(library.uniad_norm_splits(ctypes.c_int64(x.shape[0])), 2, x.shape[1])
-        library.uniad_norm_backward(
-            _DTYPES[x.dtype],
+        parts = _floats(library.uniad_norm_splits(ctypes.c_int64(x.shape[0])), 2, x.shape[1])
+        _call(
+            library.uniad_norm_backward,
+            x.dtype,
             _rows(x, residual.shape[0], seed, dropout_p, 0.0),
-            *(_pointer(t) for t in (out_gradient, x, residual, weight.contiguous(), stats)),
-            *(_pointer(t) for t in (sum_gradient, x_gradient if dropout_p > 0 else None, parts)),
+            *(out_gradient, x, residual, weight, stats),
+            *(sum_gradient, x_gradient, parts),
         )
     return x_gradient, summed_over_batch(sum_gradient, residual), parts[:, 0].sum(0), parts[:, 1].sum(0)
 
 
 def dropout_forward(x: Tensor, seed: Tensor | None, dropout_p: float, relu: bool) -> Tensor:
     """dropout(x), or dropout(relu(x)), of x [R, C]."""
-    x = x.contiguous()
+    x = contiguous(x)
     out = torch.empty_like(x)
     if x.numel() > 0:
-        rows = _rows(x, 1, seed, dropout_p, 0.0)
-        load().uniad_dropout_forward(_DTYPES[x.dtype], rows, relu, _pointer(x), _pointer(out))
+        _call(load().uniad_dropout_forward, x.dtype, _rows(x, 1, seed, dropout_p, 0.0), relu, x, out)
     return out
 
 
 def dropout_backward(out_gradient: Tensor, out: Tensor, seed: Tensor | None, dropout_p: float, relu: bool) -> Tensor:
     """Gradient of x, from what `dropout_forward` gave."""
-    out_gradient, out = out_gradient.contiguous(), out.contiguous()
+    out_gradient, out = contiguous(out_gradient), contiguous(out)
     gradient = torch.empty_like(out)
     if out.numel() > 0:
-        rows, pointers = _rows(out, 1, seed, dropout_p, 0.0), (_pointer(t) for t in (out_gradient, out, gradient))
-        load().uniad_dropout_backward(_DTYPES[out.dtype], rows, relu, *pointers)
+        rows = _rows(out, 1, seed, dropout_p, 0.0)
+        _call(load().uniad_dropout_backward, out.dtype, rows, relu, out_gradient, out, gradient)
     return gradient
+
+
+def _call(
+    function: Callable[..., None], dtype: torch.dtype, problem_of: "ctypes._CArgObject", *arguments: object
+) -> None:
+    """Call a kernel. Tensors go in as pointers, and are held here until it returns: a copy made for it lives as long.
+
+    Only an array of pointers is made elsewhere, from tensors that have a name there.
+    """
+    function(_DTYPES[dtype], problem_of, *(_pointer(a) if isinstance(a, Tensor) else a for a in arguments))
 
 
 def _attention(
@@ -270,10 +276,18 @@ def _rows(x: Tensor, residual_rows: int, seed: Tensor | None, dropout_p: float, 
     return ctypes.byref(_Rows(*x.shape, residual_rows, eps, 1 / (1 - dropout_p), threshold, seed_number))
 
 
+def _floats(*shape: int) -> Tensor:
+    """Uninitialised float32, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def _strides(*tensors: Tensor) -> ctypes.Array:
     numbers = [stride for tensor in tensors for stride in tensor.stride()[:3]]
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    address = tensor.data_ptr()
+    if tensor.device.type != "cpu" or (address == 0 and tensor.numel() > 0):
+        raise RuntimeError(f"a {type(tensor).__name__} on {tensor.device} has no memory for a C++ kernel to work on")
+    return ctypes.c_void_p(address)

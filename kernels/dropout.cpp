@@ -87,8 +87,7 @@ void norm_forward(
   });
 }
 
-// Gradients of the sum (which is the residual's) and of x (null where equal, without dropout); parts [splits][2][width]
-// of the gradients of weight and bias.
+// Gradients of the sum (which is the residual's) and of x; parts [splits][2][width] of the gradients of weight and bias.
 template <class T>
 void norm_backward(
     const Problem& p, const T* out_gradient, const T* x, const T* residual, const float* weight, const float* stats,
@@ -120,7 +119,7 @@ void norm_backward(
         const vfloat scaled = widen_vector(gradient + c, left) * widen_vector(weight + c, left);
         const vfloat d = (scaled - offset - load<vfloat>(sums + c) * slope) * rstd;
         narrow_vector(d, sum_gradient + row * p.width + c, left);
-        if (x_gradient) narrow_vector(dropped(p, keep, c, d), x_gradient + row * p.width + c, left);
+        narrow_vector(dropped(p, keep, c, d), x_gradient + row * p.width + c, left);
       }
     }
     for (int i = 0; i < 2; i++) {

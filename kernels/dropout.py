@@ -88,9 +88,8 @@ def norm_backward_kernel(
         slope, offset = tl.sum(scaled * normed, axis=1) / WIDTH, tl.sum(scaled, axis=1) / WIDTH
         down = (scaled - offset[:, None] - normed * slope[:, None]) * rstd[:, None]
         tl.store(sum_gradient_ptr + offsets, down.to(sum_gradient_ptr.dtype.element_ty), mask=mask)
-        if DROPOUT:
-            down = _dropped(down, seed, row, keep_threshold, keep_scale, BLOCK_R, BLOCK_C, DROPOUT)
-            tl.store(x_gradient_ptr + offsets, down.to(x_gradient_ptr.dtype.element_ty), mask=mask)
+        down = _dropped(down, seed, row, keep_threshold, keep_scale, BLOCK_R, BLOCK_C, DROPOUT)
+        tl.store(x_gradient_ptr + offsets, down.to(x_gradient_ptr.dtype.element_ty), mask=mask)
     part_ptr += tl.program_id(0) * 2 * WIDTH
     tl.store(part_ptr + col, weight_sum, mask=col < WIDTH)
     tl.store(part_ptr + WIDTH + col, bias_sum, mask=col < WIDTH)

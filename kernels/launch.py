@@ -16,7 +16,7 @@ from .launch_dropout import (
     norm_forward,
     on,
 )
-from .layout import like_tokens_first, unit_last_stride
+from .layout import contiguous, like_tokens_first, unit_last_stride
 from .tiles import JITTER, TileConfig, attention_tile, dot_precision, skipping_pays, whole_sequence_tile
 from .whole_sequence_attention import whole_sequence_kernel
 
@@ -51,15 +51,15 @@ def attention_forward(
     scale: float,
     tile: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Out [B, H, N, D] and base-2 log-sum-exp, float32 [B * H, N].
+    """Out [B, H, N, D] and the softmax's stats, float32 [B * H, 2, N]: largest product, base-2 log of the sum.
 
     query [B or 1, H, N, D], key and value [B, H, N, D].
     """
     batch, heads, tokens, head_dim = key.shape
     out = like_tokens_first(key)
-    log_sum_exp = torch.empty(batch * heads, tokens, dtype=torch.float32, device=key.device)
+    stats = torch.empty(batch * heads, 2, tokens, dtype=torch.float32, device=key.device)
     if out.numel() == 0:
-        return out, log_sum_exp
+        return out, stats
     tile = (
         tile
         or whole_sequence_tile(tokens, key.element_size(), head_dim, _is_blackwell(key.device))
@@ -77,8 +77,8 @@ def attention_forward(
             key_ptr=key,
             value_ptr=value,
             out_ptr=out,
-            log_sum_exp_ptr=log_sum_exp,
-            seed_ptr=log_sum_exp if seed is None else seed,
+            stats_ptr=stats,
+            seed_ptr=stats if seed is None else seed,
             **_strides(query=query.expand_as(key), key=key, value=value, out=out),
             heads=heads,
             scale_log2=scale * math.log2(math.e),
@@ -86,7 +86,7 @@ def attention_forward(
             **geometry,
             DROPOUT=dropout_p > 0,
         )
-    return out, log_sum_exp
+    return out, stats
 
 
 def attention_backward(
@@ -95,7 +95,7 @@ def attention_backward(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    log_sum_exp: Tensor,
+    stats: Tensor,
     seed: Tensor | None,
     height: int,
     width: int,
@@ -114,13 +114,14 @@ def attention_backward(
     if key.numel() > 0:
         query_tile = tile or attention_tile("query_gradient_kernel", key.element_size(), head_dim)
         key_tile = tile or attention_tile("key_value_gradient_kernel", key.element_size(), head_dim)
-        delta = torch.empty_like(log_sum_exp)
+        delta = torch.empty(batch * heads, tokens, dtype=torch.float32, device=key.device)
+        stats = contiguous(stats)
         tensors = {"query": query, "key": key, "value": value, "out": out, "out_gradient": out_gradient}
         tensors = {name: unit_last_stride(t) for name, t in tensors.items()}
         shared = {
-            "log_sum_exp_ptr": log_sum_exp,
+            "stats_ptr": stats,
             "delta_ptr": delta,
-            "seed_ptr": log_sum_exp if seed is None else seed,
+            "seed_ptr": stats if seed is None else seed,
             "heads": heads,
             "scale": scale,
             "scale_log2": scale * math.log2(math.e),
@@ -161,9 +162,9 @@ def jitter_forward(
     tile = JITTER["forward", tokens.element_size()]
     with on(tokens.device):
         jitter.forward_kernel[(triton.cdiv(count, tile.block_m) * triton.cdiv(weight.shape[0], tile.block_n),)](
-            token_ptr=tokens.contiguous(),
-            weight_ptr=weight.contiguous(),
-            bias_ptr=out if bias is None else bias,
+            token_ptr=contiguous(tokens),
+            weight_ptr=contiguous(weight),
+            bias_ptr=out if bias is None else contiguous(bias),
             out_ptr=out,
             deviation_ptr=deviation,
             seed_ptr=seed,
@@ -186,7 +187,7 @@ def jitter_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of tokens, weight and bias; those not asked for are empty."""
     (count, channels), outs = tokens.shape, weight.shape[0]
-    out_gradient, tokens, weight = out_gradient.contiguous(), tokens.contiguous(), weight.contiguous()
+    out_gradient, tokens, weight, deviation = (contiguous(t) for t in (out_gradient, tokens, weight, deviation))
     tile = JITTER["weight", tokens.element_size()]
     tiles = triton.cdiv(outs, tile.block_n) * triton.cdiv(channels, tile.block_k)
     # As many splits as keep a large GPU busy, each summed by one program and all of them in torch's fixed order.

@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from . import dropout as kernels
-from .layout import summed_over_batch
+from .layout import contiguous, summed_over_batch
 
 _ELEMENTS = 2048
 _PROGRAMS = 256
@@ -24,10 +24,10 @@ def norm_forward(
         block = _block(x)
         with on(x.device):
             kernels.norm_forward_kernel[(triton.cdiv(x.shape[0], block["BLOCK_R"]),)](
-                x_ptr=x.contiguous(),
-                residual_ptr=residual.contiguous(),
-                weight_ptr=weight.contiguous(),
-                bias_ptr=bias.contiguous(),
+                x_ptr=contiguous(x),
+                residual_ptr=contiguous(residual),
+                weight_ptr=contiguous(weight),
+                bias_ptr=contiguous(bias),
                 out_ptr=out,
                 stats_ptr=stats,
                 seed_ptr=stats if seed is None else seed,
@@ -49,21 +49,22 @@ def norm_backward(
     seed: Tensor | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual (the same tensor where both are the sum's), weight and bias, the last two in float32."""
+    """Gradients of x, residual, weight and bias, the last two in float32; no two share memory."""
     (rows, width), dropout = x.shape, dropout_p > 0
+    # Two tensors even where they are equal, without dropout: whoever gets one may add to it in place.
     sum_gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
-    x_gradient = torch.empty_like(sum_gradient) if dropout else sum_gradient
+    x_gradient = torch.empty_like(sum_gradient)
     programs = max(1, min(_PROGRAMS, rows // 16))
     parts = torch.zeros(programs, 2, width, dtype=torch.float32, device=x.device)
     if x.numel() > 0:
         block = _block(x)
         with on(x.device):
             kernels.norm_backward_kernel[(programs,)](
-                out_gradient_ptr=out_gradient.contiguous(),
-                x_ptr=x.contiguous(),
-                residual_ptr=residual.contiguous(),
-                weight_ptr=weight.contiguous(),
-                stats_ptr=stats,
+                out_gradient_ptr=contiguous(out_gradient),
+                x_ptr=contiguous(x),
+                residual_ptr=contiguous(residual),
+                weight_ptr=contiguous(weight),
+                stats_ptr=contiguous(stats),
                 sum_gradient_ptr=sum_gradient,
                 x_gradient_ptr=x_gradient,
                 part_ptr=parts,
@@ -84,7 +85,7 @@ def dropout_forward(x: Tensor, seed: Tensor | None, dropout_p: float, relu: bool
         block = _block(x)
         with on(x.device):
             kernels.dropout_forward_kernel[(triton.cdiv(x.shape[0], block["BLOCK_R"]),)](
-                x_ptr=x.contiguous(),
+                x_ptr=contiguous(x),
                 out_ptr=out,
                 seed_ptr=out if seed is None else seed,
                 RELU=relu,
@@ -102,8 +103,8 @@ def dropout_backward(out_gradient: Tensor, out: Tensor, seed: Tensor | None, dro
         block = _block(out)
         with on(out.device):
             kernels.dropout_backward_kernel[(triton.cdiv(out.shape[0], block["BLOCK_R"]),)](
-                out_gradient_ptr=out_gradient.contiguous(),
-                out_ptr=out.contiguous(),
+                out_gradient_ptr=contiguous(out_gradient),
+                out_ptr=contiguous(out),
                 gradient_ptr=gradient,
                 seed_ptr=gradient if seed is None else seed,
                 RELU=relu,

@@ -13,7 +13,20 @@ def like_tokens_first(key: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def unit_last_stride(tensor: Tensor) -> Tensor:
     """The tensor, copied only where neighbouring channels are not neighbours in memory."""
+    tensor = _in_memory(tensor)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """The tensor as its own memory has it, row by row: copied where it is strided, expanded or lazily negated."""
+    return _in_memory(tensor).contiguous()
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """A tensor whose memory holds its values: torch keeps some negations, and some zeros, as a mark alone."""
+    if tensor._is_zerotensor():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return tensor.resolve_neg()
 
 
 def summed_over_batch(gradient: Tensor, residual: Tensor) -> Tensor:

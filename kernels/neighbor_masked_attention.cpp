@@ -31,9 +31,9 @@ template <class F> void over_tasks(const Problem& p, F f) {
 
 template <class Mode, class T>
 void forward(
-    const Problem& p, const void* query, const void* key, const void* value, void* out, float* log_sum_exp,
+    const Problem& p, const void* query, const void* key, const void* value, void* out, float* stats,
     const int64_t* s) {
-  const Forward<Mode, T> run{p, (const T*)query, (const T*)key, (const T*)value, (T*)out, log_sum_exp,
+  const Forward<Mode, T> run{p, (const T*)query, (const T*)key, (const T*)value, (T*)out, stats,
                              strides(s, 0), strides(s, 1), strides(s, 2), strides(s, 3)};
   over_tasks(p, [&](int64_t plane, int64_t, int64_t first, int64_t last) { run.task(plane, first, last); });
 }
@@ -57,17 +57,20 @@ using uniad::Problem;
 int64_t uniad_attention_splits(int64_t tokens) { return uniad::tasks_of(tokens); }
 
 // dtype 0 float32, 1 bfloat16, 2 float16. strides: (batch, head, token) in elements of query, key, value, out.
+// stats: float32 [B * H, 2, N], the softmax of each query in two numbers: the largest product of query and visible key,
+// not scaled, and the base-2 logarithm of the sum of exponentials relative to it (0 and inf without a key). One number,
+// their sum, would be rounded to the unit of a large product, and the weights of the backward pass with it.
 void uniad_attention_forward(
-    int dtype, const Problem* p, const void* query, const void* key, const void* value, void* out, float* log_sum_exp,
+    int dtype, const Problem* p, const void* query, const void* key, const void* value, void* out, float* stats,
     const int64_t* strides) {
   using namespace uniad;
-  if (dtype == 0) forward<Single, float>(*p, query, key, value, out, log_sum_exp, strides);
-  if (dtype == 1) forward<Brain, bf16>(*p, query, key, value, out, log_sum_exp, strides);
-  if (dtype == 2) forward<Single, fp16>(*p, query, key, value, out, log_sum_exp, strides);
+  if (dtype == 0) forward<Single, float>(*p, query, key, value, out, stats, strides);
+  if (dtype == 1) forward<Brain, bf16>(*p, query, key, value, out, stats, strides);
+  if (dtype == 2) forward<Single, fp16>(*p, query, key, value, out, stats, strides);
 }
 
-// tensors: query, key, value, out, out_gradient, log_sum_exp, and gradients of query, key, value; strides of all but
-// log_sum_exp. query_parts: float32 [splits, B * H, N, D] to write instead of query's gradient, or null.
+// tensors: query, key, value, out, out_gradient, stats, and gradients of query, key, value; strides of all but
+// stats. query_parts: float32 [splits, B * H, N, D] to write instead of query's gradient, or null.
 void uniad_attention_backward(
     int dtype, const Problem* p, void* const* tensors, float* query_parts, const int64_t* strides) {
   using namespace uniad;

@@ -124,10 +124,26 @@ def query_key_products(
 
 
 @triton.jit
+def store_stats(stats_ptr, maximum, total, empty, plane, token, N: tl.constexpr):
+    """Keeps a softmax in two numbers (0 and inf without a key): their sum would be rounded to a large one's unit."""
+    stats_ptr += plane.to(tl.int64) * 2 * N + token
+    tl.store(stats_ptr, tl.where(empty, 0.0, maximum), mask=token < N)
+    tl.store(stats_ptr + N, tl.where(empty, float("inf"), tl.log2(total)), mask=token < N)
+
+
+@triton.jit
+def load_stats(stats_ptr, plane, token, N: tl.constexpr):
+    """(largest product, base-2 log of the sum) of each token's softmax; beyond N, as without key."""
+    stats_ptr += plane.to(tl.int64) * 2 * N + token
+    maximum = tl.load(stats_ptr, mask=token < N, other=0.0)
+    return maximum, tl.load(stats_ptr + N, mask=token < N, other=float("inf"))
+
+
+@triton.jit
 def forward_kernel(
     query_ptr, key_ptr, value_ptr,  # [B or 1, H, N, D], [B, H, N, D] twice, by stride
     out_ptr,  # [B, H, N, D], by stride
-    log_sum_exp_ptr,  # float32 [B * H, N], base 2; +inf for a query without key
+    stats_ptr,  # float32 [B * H, 2, N]: largest product, not scaled, and base-2 log of the sum relative to it
     seed_ptr,  # int64 []
     query_stride_b, query_stride_h, query_stride_n,
     key_stride_b, key_stride_h, key_stride_n,
@@ -170,11 +186,11 @@ def forward_kernel(
                     query, key, first, key_first, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL,
                     BLOCK_M, BLOCK_N, MASKED, PRECISION,
                 )  # fmt: skip
-                new_max = tl.maximum(running_max, tl.max(products, axis=1) * scale_log2)
+                new_max = tl.maximum(running_max, tl.max(products, axis=1))
                 # A row that has seen no key yet keeps a finite pivot: -inf - -inf would be NaN.
-                pivot = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-                weights = tl.exp2(products * scale_log2 - pivot[:, None])
-                correction = tl.exp2(running_max - pivot)
+                pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+                weights = tl.exp2((products - pivot[:, None]) * scale_log2)
+                correction = tl.exp2((running_max - pivot) * scale_log2)
                 running_sum = running_sum * correction + tl.sum(weights, axis=1)
                 running_max = new_max
                 if DROPOUT:
@@ -187,17 +203,15 @@ def forward_kernel(
 
     empty = running_sum == 0.0
     total = tl.where(empty, 1.0, running_sum)
-    store_tokens(
-        out_ptr, accumulator * (keep_scale / total)[:, None], first, out_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D
-    )
-    token = first + tl.arange(0, BLOCK_M)
-    log_sum_exp = tl.where(empty, float("inf"), running_max + tl.log2(total))
-    tl.store(log_sum_exp_ptr + plane.to(tl.int64) * N + token, log_sum_exp, mask=token < N)
+    # Without a key the output is 0, whatever the values are: 0 * inf would be NaN.
+    out = tl.where(empty[:, None], 0.0, accumulator * (keep_scale / total)[:, None])
+    store_tokens(out_ptr, out, first, out_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
+    store_stats(stats_ptr, running_max, total, empty, plane, first + tl.arange(0, BLOCK_M), N)
 
 
 @triton.jit
 def _score_gradient(
-    query, key, value, out_gradient, log_sum_exp, delta, seed, plane, query_first, key_first,
+    query, key, value, out_gradient, maximum, log_sum, delta, seed, plane, query_first, key_first,
     scale_log2, keep_threshold, keep_scale,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RADIUS_ROW: tl.constexpr, RADIUS_COL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -206,7 +220,8 @@ def _score_gradient(
     products = query_key_products(
         query, key, query_first, key_first, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL, BLOCK_M, BLOCK_N, MASKED, PRECISION
     )
-    weights = tl.exp2(products * scale_log2 - log_sum_exp[:, None])
+    # The difference first: of large products it is exact, and their scaled values are not.
+    weights = tl.exp2((products - maximum[:, None]) * scale_log2 - log_sum[:, None])
     weight_gradient = tl.dot(out_gradient, tl.trans(value), input_precision=PRECISION)
     dropped = weights
     if DROPOUT:
@@ -219,7 +234,7 @@ def _score_gradient(
 @triton.jit
 def query_gradient_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, out_gradient_ptr,  # as in the forward kernel
-    log_sum_exp_ptr,  # float32 [B * H, N]
+    stats_ptr,  # float32 [B * H, 2, N], as the forward kernel wrote it
     delta_ptr,  # float32 [B * H, N], written here for the other kernel: sum of out * out_gradient over channels
     query_gradient_ptr,  # [B, H, N, D], by stride
     seed_ptr,
@@ -252,7 +267,7 @@ def query_gradient_kernel(
     out_gradient = load_tokens(out_gradient_ptr, first, out_gradient_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
     token = first + tl.arange(0, BLOCK_M)
     row = plane.to(tl.int64) * N + token
-    log_sum_exp = tl.load(log_sum_exp_ptr + row, mask=token < N, other=float("inf"))
+    maximum, log_sum = load_stats(stats_ptr, plane, token, N)
     delta = tl.sum(out.to(tl.float32) * out_gradient.to(tl.float32), axis=1)
     tl.store(delta_ptr + row, delta, mask=token < N)
     seed = tl.load(seed_ptr) if DROPOUT else 0
@@ -271,7 +286,7 @@ def query_gradient_kernel(
                 key = load_tokens(key_ptr, key_first, key_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
                 value = load_tokens(value_ptr, key_first, value_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
                 _, gradient = _score_gradient(
-                    query, key, value, out_gradient, log_sum_exp, delta, seed, plane, first, key_first,
+                    query, key, value, out_gradient, maximum, log_sum, delta, seed, plane, first, key_first,
                     scale_log2, keep_threshold, keep_scale, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL,
                     BLOCK_M, BLOCK_N, MASKED, DROPOUT, PRECISION,
                 )  # fmt: skip
@@ -282,7 +297,7 @@ def query_gradient_kernel(
 @triton.jit
 def key_value_gradient_kernel(
     query_ptr, key_ptr, value_ptr, out_gradient_ptr,
-    log_sum_exp_ptr, delta_ptr,  # float32 [B * H, N]
+    stats_ptr, delta_ptr,  # float32 [B * H, 2, N] and [B * H, N]
     key_gradient_ptr, value_gradient_ptr,  # [B, H, N, D], by stride, both of the same
     seed_ptr,
     query_stride_b, query_stride_h, query_stride_n,
@@ -328,11 +343,10 @@ def key_value_gradient_kernel(
                     out_gradient_ptr, query_first, out_gradient_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D
                 )
                 token = query_first + tl.arange(0, BLOCK_M)
-                row = plane.to(tl.int64) * N + token
-                log_sum_exp = tl.load(log_sum_exp_ptr + row, mask=token < N, other=float("inf"))
-                delta = tl.load(delta_ptr + row, mask=token < N, other=0.0)
+                maximum, log_sum = load_stats(stats_ptr, plane, token, N)
+                delta = tl.load(delta_ptr + plane.to(tl.int64) * N + token, mask=token < N, other=0.0)
                 weights, gradient = _score_gradient(
-                    query, key, value, out_gradient, log_sum_exp, delta, seed, plane, query_first, first,
+                    query, key, value, out_gradient, maximum, log_sum, delta, seed, plane, query_first, first,
                     scale_log2, keep_threshold, keep_scale, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL,
                     BLOCK_M, BLOCK_N, MASKED, DROPOUT, PRECISION,
                 )  # fmt: skip

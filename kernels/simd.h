@@ -65,6 +65,17 @@ INLINE vfloat vmax(vfloat a, vfloat b) {
 #endif
 }
 
+// The smaller; `b` where either is NaN.
+INLINE vfloat vmin(vfloat a, vfloat b) {
+#if defined(UNIAD_AVX512)
+  return (vfloat)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(UNIAD_AVX2)
+  return (vfloat)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // `a` in the lanes whose bit is set, `b` elsewhere.
 INLINE vfloat select(mask_t bits, vfloat a, vfloat b) {
 #if defined(UNIAD_AVX512)
@@ -94,7 +105,7 @@ template <int DEGREE> INLINE vfloat exp2(vfloat x) {
   const vfloat f = x - (vfloat)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
   const vint underflow = x < -126.f;
-  x = vmax(splat(-126.f), x);
+  x = vmin(splat(128.f), vmax(splat(-126.f), x));  // hidden keys are masked later, and may be anything here
   const vfloat whole = (x - 0.5f) + 12582912.f - 12582912.f;  // 1.5 * 2^23 moves the fraction out
   const vfloat f = x - whole;
 #endif
@@ -114,8 +125,8 @@ template <int DEGREE> INLINE vfloat exp2(vfloat x) {
 #if defined(UNIAD_AVX512)
   return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)x);  // which takes the floor of x
 #else
-  const vint exponent = __builtin_convertvector(whole, vint) << 23;
-  return underflow ? vfloat{} : (vfloat)((vint)p + exponent);
+  const vword exponent = (vword)__builtin_convertvector(whole, vint) << 23;
+  return underflow ? vfloat{} : (vfloat)((vword)p + exponent);
 #endif
 }
 

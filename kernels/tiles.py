@@ -91,7 +91,18 @@ def dot_precision(tile: TileConfig) -> str:
     """How float32 dots are done: exactly, unless the user allows TF32 by torch's own switch."""
     if tile.precision == "ieee" or torch.version.hip is not None:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else tile.precision
+    return "tf32" if _tf32_is_allowed() else tile.precision
+
+
+def _tf32_is_allowed() -> bool:
+    """Torch's switch for products on a GPU, by its newer name (2.9) where there is one.
+
+    The older name may not be read once the newer one has been set. The newer one follows torch.backends.fp32_precision.
+    """
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
 
 
 @lru_cache(maxsize=256)

@@ -8,13 +8,13 @@ chips and widths it serves, and what it saves, is in tiles.py and docs/kernels.m
 import triton
 import triton.language as tl
 
-from .neighbor_masked_attention import load_tokens, query_key_products, store_tokens
+from .neighbor_masked_attention import load_tokens, query_key_products, store_stats, store_tokens
 from .philox import keep_tile
 
 
 @triton.jit
 def whole_sequence_kernel(
-    query_ptr, key_ptr, value_ptr, out_ptr, log_sum_exp_ptr, seed_ptr,
+    query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, seed_ptr,
     query_stride_b, query_stride_h, query_stride_n,
     key_stride_b, key_stride_h, key_stride_n,
     value_stride_b, value_stride_h, value_stride_n,
@@ -44,17 +44,17 @@ def whole_sequence_kernel(
         products = query_key_products(
             query, key, first, start, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL, BLOCK_M, BLOCK_N, True, PRECISION
         )
-        maximum = tl.max(products, axis=1) * scale_log2
+        maximum = tl.max(products, axis=1)
         pivot = tl.where(maximum == float("-inf"), 0.0, maximum)
-        weights = tl.exp2(products * scale_log2 - pivot[:, None])
+        weights = tl.exp2((products - pivot[:, None]) * scale_log2)
         total = tl.sum(weights, axis=1)
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
         token = first + tl.arange(0, BLOCK_M)
         # Stored before the noise is drawn, which needs the registers.
-        log_sum_exp = tl.where(empty, float("inf"), maximum + tl.log2(total))
-        tl.store(log_sum_exp_ptr + plane.to(tl.int64) * N + token, log_sum_exp, mask=token < N)
+        store_stats(stats_ptr, maximum, total, empty, plane, token, N)
         if DROPOUT:
             weights = tl.where(keep_tile(seed, plane, token, start, keep_threshold, BLOCK_M, BLOCK_N), weights, 0.0)
-        out = tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
-        store_tokens(out_ptr, out * (keep_scale / total)[:, None], first, out_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
+        out = tl.dot(weights.to(value.dtype), value, input_precision=PRECISION) * (keep_scale / total)[:, None]
+        out = tl.where(empty[:, None], 0.0, out)  # whatever the values are
+        store_tokens(out_ptr, out, first, out_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)

@@ -11,12 +11,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "uniad_fast"
 # A file may import from its own layer's earlier files and from lower layers, never from a higher one.
 LAYERS = [
-    {"noise", "neighborhood", "files", "kept", "progress", "images", "metrics", "precision"},
-    {"recipes", "initialize", "registered"},
+    {"noise", "neighborhood", "files", "progress", "images", "metrics", "precision"},
+    {"recipes", "initialize", "registered", "kept"},
     {"optimization"},
     {"impls", "reference", "stock", "autograd", "masks", "lazy_weights", "mask_cache"},
-    {"state_dicts", "efficientnet", "data", "heatmap", "position", "bundle"},
+    {"state_dicts", "efficientnet", "data", "heatmap", "bundle"},
     {"functional", "linear"},
+    {"submodules", "position"},
     {"reconstruction", "attention", "backbone", "testing"},
     {"transformer", "features"},
     {"model", "replace"},

@@ -21,8 +21,8 @@ def test_registered_attention_operators_pass_opcheck(impl, query_batch):
     key, value = torch.randn(2, 2, 2, 35, 16, device=device)
     seed = torch.tensor(3, device=device)
     torch.library.opcheck(registered.attention_forward, (query, key, value, seed, *sample), rtol=1e-4, atol=1e-5)
-    out, log_sum_exp = registered.attention_forward(query, key, value, seed, *sample)
-    arguments = (torch.randn_like(out), query, key, value, out, log_sum_exp, seed, *sample)
+    out, stats = registered.attention_forward(query, key, value, seed, *sample)
+    arguments = (torch.randn_like(out), query, key, value, out, stats, seed, *sample)
     torch.library.opcheck(registered.attention_backward, arguments, rtol=1e-4, atol=1e-5)
 
 

@@ -7,6 +7,7 @@ from .functional import neighbor_masked_attention, size_pair
 from .impls import check_impl
 from .linear import linear
 from .neighborhood import Size, has_query_without_key
+from .submodules import apply_linear
 
 
 class Projections(nn.Module):
@@ -48,11 +49,11 @@ class Projections(nn.Module):
 
     def merge_heads(self, out: Tensor, impl: str | None) -> Tensor:
         """[B, heads, N, head_dim] -> output projection, [B, N, embed_dim]."""
-        return linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias, impl)
+        return apply_linear(self.out_proj, out.transpose(1, 2).flatten(2), impl)
 
     @property
     def dropout_p(self) -> float:
-        """Of this forward pass."""
+        """Dropout probability in effect: `dropout` in training, 0 in evaluation."""
         return self.dropout if self.training else 0.0
 
 

@@ -1,9 +1,10 @@
 """torch.autograd.Functions over the kernels: save, call, no mathematics.
 
-Eager code calls the launchers directly, without an operator's dispatch. Such
-operators are for tracing, by torch.compile and torch.export, which keeps them whole: see `registered`.
+Eager code calls the launchers directly, without an operator's dispatch. Where tensors may have no memory, under a
+tracer or a mode of torch's, it goes through operators that torch knows: see `registered`.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import registered
-from .neighborhood import Size, neighborhood_radius
+from .neighborhood import Size, is_traced, neighborhood_radius
 
 
 def neighbor_masked_attention(
@@ -27,7 +28,7 @@ def neighbor_masked_attention(
 ) -> Tensor:
     """As `reference.neighbor_masked_attention`, by the kernels; the seed is a 0-d int64 tensor on the device."""
     arguments = (*feature_size, *neighborhood_radius(neighbor_size), dropout_p, scale)
-    if torch.compiler.is_compiling():
+    if _without_memory(query, key, value):
         return registered.attention_forward(query, key, value, seed, *arguments, impl)[0]
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return _Attention.apply(query, key, value, seed, arguments, impl)
@@ -38,9 +39,9 @@ def jitter_project(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, scale: float, prob: float, seed: Tensor, impl: str
 ) -> Tensor:
     """As `reference.jitter_project`, by the kernels; the seed is a 0-d int64 tensor on the device."""
-    flat = tokens.reshape(-1, tokens.shape[-1])
+    flat = _rows(tokens)
     wanted = tokens.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if torch.compiler.is_compiling():
+    if _without_memory(tokens, weight):
         out, _ = registered.jitter_forward(flat, weight, bias, seed, scale, prob, impl)
     elif torch.is_grad_enabled() and wanted:
         out = _Jitter.apply(flat, weight, bias, scale, prob, seed, impl)
@@ -60,9 +61,9 @@ def dropout_add_norm(
     impl: str,
 ) -> Tensor:
     """As `reference.dropout_add_norm`, by the kernels; the seed is a 0-d int64 tensor on the device."""
-    rows, residual_rows = x.reshape(-1, x.shape[-1]), residual.reshape(-1, x.shape[-1])
+    rows, residual_rows = _rows(x), _rows(residual)
     arguments = (rows, residual_rows, weight, bias, seed, dropout_p, eps)
-    if torch.compiler.is_compiling():
+    if _without_memory(*arguments[:4]):
         out, _ = registered.norm_forward(*arguments, impl)
     elif torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:4]):
         out = _Norm.apply(*arguments, impl)
@@ -73,8 +74,8 @@ def dropout_add_norm(
 
 def dropout(x: Tensor, dropout_p: float, relu: bool, seed: Tensor | None, impl: str) -> Tensor:
     """As `reference.dropout`, by the kernels; the seed is a 0-d int64 tensor on the device."""
-    arguments = (x.reshape(-1, x.shape[-1]), seed, dropout_p, relu)
-    if torch.compiler.is_compiling():
+    arguments = (_rows(x), seed, dropout_p, relu)
+    if _without_memory(x):
         out = registered.dropout_forward(*arguments, impl)
     elif torch.is_grad_enabled() and x.requires_grad:
         out = _Dropout.apply(*arguments, impl)
@@ -83,22 +84,32 @@ def dropout(x: Tensor, dropout_p: float, relu: bool, seed: Tensor | None, impl: 
     return out.view(x.shape)
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """[..., C] -> [R, C]; C may be 0."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _without_memory(*tensors: Tensor) -> bool:
+    """Whether a launcher can't be handed these: they are traced, or of a class that answers for its own operators."""
+    return is_traced() or any(type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in tensors)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, arguments: tuple, impl: str
     ) -> Tensor:
-        out, log_sum_exp = registered.launch(impl).attention_forward(query, key, value, seed, *arguments)
-        ctx.save_for_backward(query, key, value, out, log_sum_exp, seed)
+        out, stats = registered.launch(impl).attention_forward(query, key, value, seed, *arguments)
+        ctx.save_for_backward(query, key, value, out, stats, seed)
         ctx.arguments, ctx.impl = arguments, impl
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, log_sum_exp, seed = ctx.saved_tensors
+        query, key, value, out, stats, seed = ctx.saved_tensors
         gradients = registered.launch(ctx.impl).attention_backward(
-            out_gradient, query, key, value, out, log_sum_exp, seed, *ctx.arguments
+            out_gradient, query, key, value, out, stats, seed, *ctx.arguments
         )
         return *gradients, None, None, None
 

@@ -10,6 +10,9 @@ A named one on an input that it does not take raises; it never falls back. None 
 """
 
 import math
+import operator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +20,8 @@ from torch import Tensor
 from . import autograd, reference, stock
 from .impls import KERNELS, attention_problem, choose_impl
 from .neighborhood import Size
-from .noise import draw_seed
+from .noise import draw_seed, drawable
+from .precision import warn_if_emulated
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -47,8 +51,8 @@ def neighbor_masked_attention(
         feature_size: (height, width) of the token grid, N = height * width, tokens numbered row by row.
         neighbor_size: (h, w) of the hidden window in tokens, or None to hide nothing.
         dropout_p: probability in [0, 1) that a softmax weight is dropped; kept ones are divided by 1 - p.
-            Decided by 16 random bits a weight, so p acts as round(p * 65536) / 65536.
-        scale: factor of the scores, 1 / sqrt(head_dim) by default.
+            Decided by 16 random bits a weight, so p acts as the nearest multiple of 2^-16 below 1.
+        scale: factor of the scores, finite, 1 / sqrt(head_dim) by default.
         seed: of the dropout: an int, a 0-d int64 tensor on the device, or None to draw one from torch's
             generator. The same seed drops the same weights in every impl but "torch".
         impl: see the module.
@@ -62,13 +66,15 @@ def neighbor_masked_attention(
     query, key, value = _autocast(query, key, value)
     feature_size = size_pair("feature_size", feature_size)
     if neighbor_size is not None:
-        neighbor_size = size_pair("neighbor_size", neighbor_size)
+        height, width = size_pair("neighbor_size", neighbor_size)
+        # What reaches across the grid hides no more if it is larger, and then fits the kernels' integers.
+        neighbor_size = min(height, 2 * feature_size[0]), min(width, 2 * feature_size[1])
     _check_attention(query, key, value, feature_size)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    _check_seed(seed, query.device)
-    if scale is None:
-        scale = 1 / math.sqrt(query.shape[-1])
+    dropout_p = _dropout_probability(dropout_p)
+    seed = _checked_seed(seed, query.device)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale}")
     impl = choose_impl(impl, query, attention_problem(query, scale))
 
     if impl == "torch":
@@ -117,17 +123,19 @@ def jitter_project(
     else:
         tokens, weight, bias = _autocast(tokens, weight, bias)
     _check_same_kind(tokens=tokens, weight=weight, **({} if bias is None else {"bias": bias}))
-    if tokens.ndim < 1 or weight.ndim != 2 or tokens.shape[-1] != weight.shape[1]:
+    if tokens.ndim < 1 or weight.ndim != 2 or tokens.shape[-1] != weight.shape[1] or not weight.shape[1]:
         raise ValueError(
-            f"tokens must be [..., C_in] and weight [C_out, C_in], got {tuple(tokens.shape)} and {tuple(weight.shape)}"
+            "tokens must be [..., C_in] and weight [C_out, C_in], C_in at least 1, "
+            f"got {tuple(tokens.shape)} and {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}] as weight is, got {tuple(bias.shape)}")
+    scale, prob = float(scale), float(prob)
     if not (scale >= 0 and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number >= 0, got {scale}")
     if not 0 <= prob <= 1:
         raise ValueError(f"prob must be in [0, 1], got {prob}")
-    _check_seed(seed, tokens.device)
+    seed = _checked_seed(seed, tokens.device)
     impl = choose_impl(impl, tokens)
 
     if impl == "torch":
@@ -157,7 +165,7 @@ def dropout_add_norm(
         residual: the shape of `x`, or batch 1 to meet every element of the batch; dtype and device of `x`.
         weight, bias: [C], of the norm; any floating dtype, used in float32.
         dropout_p: probability in [0, 1) that an element of `x` is dropped; kept ones are divided by 1 - p.
-        eps: added to the variance.
+        eps: added to the variance, finite and >= 0.
         seed: of the dropout: an int, a 0-d int64 tensor on the device, or None to draw one from torch's generator.
         impl: see the module.
 
@@ -177,7 +185,13 @@ def dropout_add_norm(
         raise ValueError(
             f"weight and bias must be [{x.shape[-1]}] as x's last axis, got {tuple(weight.shape)}, {tuple(bias.shape)}"
         )
-    impl, seed = _check_dropout(x, dropout_p, seed, impl)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if not tensor.is_floating_point() or tensor.device != x.device:
+            raise ValueError(f"{name} must be floating point and on {x.device}, got {tensor.dtype} on {tensor.device}")
+    eps = float(eps)
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise ValueError(f"eps must be a finite number >= 0, got {eps}")
+    dropout_p, seed, impl = _check_dropout(x, dropout_p, seed, impl)
     if impl == "torch":
         return stock.dropout_add_norm(x, residual, weight, bias, dropout_p, eps, seed)
     if impl == "reference":
@@ -207,7 +221,9 @@ def dropout(
         ValueError: the dtype, the probability or impl are not as above.
     """
     _check_same_kind(x=x)
-    impl, seed = _check_dropout(x, dropout_p, seed, impl)
+    if x.ndim < 1:
+        raise ValueError(f"x must be [..., C], got {tuple(x.shape)}")
+    dropout_p, seed, impl = _check_dropout(x, dropout_p, seed, impl)
     if dropout_p == 0 and not relu:
         return x
     if impl == "torch":
@@ -219,15 +235,22 @@ def dropout(
 
 def _check_dropout(
     x: Tensor, dropout_p: float, seed: int | Tensor | None, impl: str | None
-) -> tuple[str, int | Tensor | None]:
-    """The implementation for x, and the seed that it needs: None without dropout."""
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    _check_seed(seed, x.device)
+) -> tuple[float, int | Tensor | None, str]:
+    """The probability that acts, the seed that it needs (None without dropout), and the implementation for x."""
+    dropout_p = _dropout_probability(dropout_p)
+    seed = _checked_seed(seed, x.device)
     impl = choose_impl(impl, x)
     if dropout_p == 0:
-        return impl, None
-    return impl, draw_seed(x.device) if seed is None and impl != "torch" else seed
+        return dropout_p, None, impl
+    return dropout_p, draw_seed(x.device) if seed is None and impl != "torch" else seed, impl
+
+
+def _dropout_probability(dropout_p: float) -> float:
+    """The probability that acts, see `noise.drawable`."""
+    dropout_p = float(dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    return drawable(dropout_p)
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
@@ -235,12 +258,15 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def size_pair(name: str, size: Size) -> Size:
+def size_pair(name: str, size: Size | Sequence[Any]) -> Size:
     """`size` as a (height, width) tuple of ints >= 1; ValueError, naming the argument, if it is none."""
-    pair = tuple(size) if isinstance(size, (tuple, list)) else ()
-    if len(pair) != 2 or not all(isinstance(n, int) and n >= 1 for n in pair):
+    try:
+        height, width = (operator.index(n) for n in size)
+    except (TypeError, ValueError):
+        height = width = 0
+    if height < 1 or width < 1:
         raise ValueError(f"{name} must be (height, width), two integers >= 1, got {size!r}")
-    return pair
+    return height, width
 
 
 def _check_attention(query: Tensor, key: Tensor, value: Tensor, feature_size: Size) -> None:
@@ -258,8 +284,12 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor, feature_size: Si
 
 
 def _check_same_kind(**tensors: Tensor) -> None:
-    """All floating point, of one dtype and on one device."""
+    """All dense, floating point, of one dtype and on one device."""
     (first_name, first), *others = tensors.items()
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else tensor.layout
+            raise ValueError(f"{name} must be a dense tensor, got a {kind} one")
     if first.dtype not in _FLOATS:
         raise ValueError(f"{first_name} must be float32, float16, bfloat16 or float64, got {first.dtype}")
     for name, tensor in others:
@@ -269,19 +299,26 @@ def _check_same_kind(**tensors: Tensor) -> None:
             raise ValueError(f"{first_name} is on {first.device} but {name} on {tensor.device}")
 
 
-def _check_seed(seed: int | Tensor | None, device: torch.device) -> None:
+def _checked_seed(seed: int | Tensor | None, device: torch.device) -> int | Tensor | None:
     if isinstance(seed, Tensor):
         if seed.ndim != 0 or seed.dtype != torch.int64 or seed.device != device:
             raise ValueError(
                 f"a seed tensor must be 0-d int64 on {device}, got {tuple(seed.shape)} {seed.dtype} on {seed.device}"
             )
-    elif seed is not None and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must fit in a signed 64-bit integer, got {seed}")
+    elif seed is not None:
+        try:
+            seed = operator.index(seed)
+        except TypeError:
+            raise ValueError(f"seed must be an integer, a tensor or None, got {seed!r}") from None
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must fit in a signed 64-bit integer, got {seed}")
+    return seed
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
+    warn_if_emulated(dtype, device_type)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

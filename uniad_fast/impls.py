@@ -55,15 +55,29 @@ def kernel_problem(impl: str, tensor: Tensor) -> str | None:
             launch = registered.launch(impl)
         except ImportError as error:
             return f"Triton can't be imported ({error})"
+    if problem := _differentiation_problem():
+        return problem
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"they take float32, float16 and bfloat16, not {tensor.dtype}"
     if impl == "cpu":
         return None if torch.compiler.is_compiling() else registered.launch(impl).problem()
     if not tensor.is_cuda:
-        if not launch.INTERPRETED:
-            return f"the tensors are on {tensor.device}, and Triton's interpreter (TRITON_INTERPRET=1) is off"
+        if tensor.device.type != "cpu" or not launch.INTERPRETED:
+            interpreter = "serves a CPU alone" if launch.INTERPRETED else "(TRITON_INTERPRET=1) is off"
+            return f"the tensors are on {tensor.device}, and Triton's interpreter {interpreter}"
         if tensor.dtype == torch.bfloat16:
             return "Triton's interpreter computes bfloat16 wrongly"
+    return None
+
+
+def _differentiation_problem() -> str | None:
+    """Why kernels, which have a gradient and nothing else, can't take part in what torch is doing, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "transforms of torch.func (vmap, grad, jvp, ...) do not see through them"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "they have no forward-mode derivative"
     return None
 
 
@@ -71,7 +85,8 @@ def attention_problem(query: Tensor, scale: float) -> str | None:
     """Why the attention kernels do not take a query of this shape or such a scale, or None."""
     if query.shape[-1] > 128:
         return f"they take a head_dim up to 128, not {query.shape[-1]}"
-    return None if scale > 0 else f"they take a scale above 0, not {scale}"
+    smallest = torch.finfo(torch.float32).tiny
+    return None if scale >= smallest else f"they take a scale of at least {smallest:.3g}, not {scale}"
 
 
 @lru_cache(maxsize=32)

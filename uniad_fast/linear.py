@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .impls import choose_impl
+from .neighborhood import is_traced
 
 
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> Tensor:
@@ -26,7 +27,9 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None
 def _is_for_onednn(tokens: Tensor, weight: Tensor, impl: str | None) -> bool:
     if tokens.device.type != "cpu" or tokens.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or not tokens.numel():
+    if torch.is_autocast_enabled("cpu") or is_traced() or not tokens.numel():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0 or type(weight) not in (Tensor, nn.Parameter):
         return False
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False

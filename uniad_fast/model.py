@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from .files import atomic_path
 from .functional import jitter_project, size_pair
 from .initialize import initialize
-from .linear import linear
 from .neighborhood import Size
 from .position import position_embedding
 from .reconstruction import Reconstructor
+from .submodules import apply_linear, is_plain
 from .transformer import Transformer
 
 
@@ -105,18 +106,18 @@ class UniAD(Reconstructor):
     def reconstruct(self, tokens: Tensor) -> Tensor:
         """tokens [B, N, C_org] -> their reconstruction, same shape; jittered first when training."""
         if self.training and self.jitter_prob > 0:
-            hidden = jitter_project(
-                tokens,
-                self.input_proj.weight,
-                self.input_proj.bias,
-                scale=self.jitter_scale,
-                prob=self.jitter_prob,
-                impl=self.impl,
-            )
+            hidden = self._jitter_and_project(tokens)
         else:
-            hidden = linear(tokens, self.input_proj.weight, self.input_proj.bias, self.impl)
+            hidden = apply_linear(self.input_proj, tokens, self.impl)
         out = self.transformer(hidden, self.pos_embed())
-        return linear(out, self.output_proj.weight, self.output_proj.bias, self.impl)
+        return apply_linear(self.output_proj, out, self.impl)
+
+    def _jitter_and_project(self, tokens: Tensor) -> Tensor:
+        noise: dict[str, Any] = {"scale": self.jitter_scale, "prob": self.jitter_prob, "impl": self.impl}
+        if is_plain(self.input_proj, nn.Linear):
+            return jitter_project(tokens, self.input_proj.weight, self.input_proj.bias, **noise)
+        identity = torch.eye(self.inplanes, dtype=tokens.dtype, device=tokens.device)
+        return self.input_proj(jitter_project(tokens, identity, **noise))
 
 
 def save_reconstructions(

@@ -3,12 +3,39 @@
 Tokens are numbered row by row: token i sits at row i // width, col i % width.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
 
 Size = tuple[int, int]
+_Arguments = ParamSpec("_Arguments")
+
+
+def _kept_outside_of_tracing(make: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tensor]:
+    """`make`, whose last results are kept; under any tracer or mode of torch it is called, and nothing is kept.
+
+    What it makes there may be a stand-in of the tracer's, of no use afterwards.
+    """
+    kept = lru_cache(maxsize=8)(make)
+
+    def get(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Tensor:
+        function: Callable[_Arguments, Tensor] = make if is_traced() else kept  # type: ignore[assignment]
+        return function(*args, **kwargs)
+
+    return get
+
+
+def is_traced() -> bool:
+    """Whether tensors made now may be stand-ins: under torch.compile, torch.export, torch.jit, torch.func or a mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def neighborhood_radius(neighbor_size: Size | None) -> Size:
@@ -40,7 +67,7 @@ def hidden_keys(feature_size: Size, neighbor_size: Size | None, device: torch.de
     return (near_row[:, None, :, None] & near_col[None, :, None, :]).reshape(tokens, tokens)
 
 
-@lru_cache(maxsize=8)
+@_kept_outside_of_tracing
 def additive_mask(feature_size: Size, neighbor_size: Size, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[N, N] in `dtype`, 0 where the key is seen and -inf where hidden; made once and kept.
 
@@ -48,14 +75,14 @@ def additive_mask(feature_size: Size, neighbor_size: Size, device: torch.device,
     returns is for the caller to overwrite (see `queries_with_keys`).
     """
     hidden = hidden_keys(feature_size, neighbor_size, device)
-    hidden &= ~hidden.all(dim=1, keepdim=True)
+    hidden = hidden & ~hidden.all(dim=1, keepdim=True)
     # A tensor made inside inference_mode could not be saved for a later backward.
     with torch.inference_mode(False):
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
-        return mask.masked_fill_(hidden.clone(), float("-inf"))
+        return mask.masked_fill(hidden.clone(), float("-inf"))
 
 
-@lru_cache(maxsize=8)
+@_kept_outside_of_tracing
 def queries_with_keys(feature_size: Size, neighbor_size: Size, device: torch.device) -> Tensor:
     """bool [N, 1], True where the query sees at least one key."""
     with torch.inference_mode(False):

@@ -90,6 +90,11 @@ def keep_threshold(p: float) -> int:
     return round(p * 65536)
 
 
+def drawable(p: float) -> float:
+    """The nearest probability in [0, 1) that 16 bits can draw: a multiple of 2^-16, at most 1 - 2^-16."""
+    return min(keep_threshold(p), 65535) / 65536
+
+
 def jitter_normals(seed: int | Tensor, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Standard normals of stream JITTER: [tokens, channels] in `dtype` (float32 or float64)."""
     tokens, channels = shape

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .kept import Kept
 from .neighborhood import Size
+from .submodules import whole_table
 
 
 class LearnedPosition(nn.Module):
@@ -19,17 +19,9 @@ class LearnedPosition(nn.Module):
         self.col_embed = nn.Embedding(width, hidden_dim // 2)
         nn.init.uniform_(self.row_embed.weight)
         nn.init.uniform_(self.col_embed.weight)
-        self._grid = Kept()
 
     def forward(self) -> Tensor:
-        return self._grid.get([self.row_embed.weight, self.col_embed.weight], self._make_grid)
-
-    def train(self, mode: bool = True) -> "LearnedPosition":
-        self._grid.clear()
-        return super().train(mode)
-
-    def _make_grid(self) -> Tensor:
-        row, col = self.row_embed.weight, self.col_embed.weight
+        row, col = whole_table(self.row_embed), whole_table(self.col_embed)
         height, width = len(row), len(col)
         grid = torch.cat([col.expand(height, -1, -1), row[:, None].expand(-1, width, -1)], dim=-1)
         return grid.flatten(0, 1)

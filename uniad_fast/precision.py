@@ -1,5 +1,6 @@
 """What a recipe's precision means on a device."""
 
+import warnings
 from functools import lru_cache
 
 import torch
@@ -21,6 +22,22 @@ def computes_in_bfloat16(precision: str, device: torch.device) -> bool:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     return precision == "bfloat16" or (precision == "auto" and _multiplies_bfloat16(device.type))
+
+
+def warn_if_emulated(dtype: torch.dtype, device_type: str) -> None:
+    """Says, once, that autocast to this dtype is a trap here: right, and far slower than float32."""
+    if dtype == torch.bfloat16 and device_type == "cpu" and not torch.compiler.is_compiling():
+        _warn_of_emulation()
+
+
+@lru_cache
+def _warn_of_emulation() -> None:
+    if not _multiplies_bfloat16("cpu"):
+        warnings.warn(
+            "this processor has no bfloat16 instructions: under autocast to bfloat16 torch emulates them, which takes "
+            "many times longer than float32",
+            stacklevel=5,
+        )
 
 
 @lru_cache

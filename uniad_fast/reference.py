@@ -40,7 +40,8 @@ def neighbor_masked_attention(
         assert seed is not None
         keep = keep_mask(seed, (batch * heads, tokens, tokens), dropout_p, query.device)
         weights = weights * keep.view_as(weights) / (1 - dropout_p)
-    return (weights @ v).to(query.dtype)
+    # Without a key the output is 0, whatever the values are: 0 * inf would be NaN.
+    return (weights @ v).masked_fill(total == 0, 0).to(query.dtype)
 
 
 def jitter_project(

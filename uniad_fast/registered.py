@@ -48,7 +48,7 @@ def attention_forward(
 @attention_forward.register_fake
 def _(query: Tensor, key: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _ = key.shape
-    return _tokens_first(key), key.new_empty(batch * heads, tokens, dtype=torch.float32)
+    return _tokens_first(key), key.new_empty(batch * heads, 2, tokens, dtype=torch.float32)
 
 
 @torch.library.custom_op("uniad_fast::attention_backward", mutates_args=())
@@ -58,7 +58,7 @@ def attention_backward(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    log_sum_exp: Tensor,
+    stats: Tensor,
     seed: Tensor | None,
     height: int,
     width: int,
@@ -70,7 +70,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `uniad_fast.kernels.launch.attention_backward`."""
     return launch(impl).attention_backward(
-        out_gradient, query, key, value, out, log_sum_exp, seed,
+        out_gradient, query, key, value, out, stats, seed,
         height, width, radius_row, radius_col, dropout_p, scale,
     )  # fmt: skip
 
@@ -194,9 +194,8 @@ def norm_backward(
     dropout_p: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `uniad_fast.kernels.launch_dropout.norm_backward`; an operator's outputs may not be one tensor."""
-    gradient, *rest = launch(impl).norm_backward(out_gradient, x, residual, weight, stats, seed, dropout_p)
-    return gradient.clone() if gradient is rest[0] else gradient, *rest
+    """See `uniad_fast.kernels.launch_dropout.norm_backward`."""
+    return launch(impl).norm_backward(out_gradient, x, residual, weight, stats, seed, dropout_p)
 
 
 @norm_backward.register_fake

@@ -63,7 +63,9 @@ def dropout_add_norm(
 ) -> Tensor:
     """As `reference.dropout_add_norm`, with torch's generator."""
     total = residual + dropout(x, dropout_p, False, seed)
-    with torch.autocast(x.device.type, enabled=False):  # it would widen, and its result be narrowed again
+    # Autocast would widen, and its result be narrowed again.
+    known = torch.amp.is_autocast_available(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if known else contextlib.nullcontext():
         return F.layer_norm(total, (x.shape[-1],), weight.to(total.dtype), bias.to(total.dtype), eps)
 
 
@@ -76,7 +78,7 @@ def dropout(x: Tensor, dropout_p: float, relu: bool, seed: int | Tensor | None) 
 @contextlib.contextmanager
 def _seeded(seed: int | Tensor | None, device: torch.device) -> Iterator[None]:
     """Torch's generators as `seed` sets them, put back afterwards; with None, as they are."""
-    if seed is None:
+    if seed is None or device.type == "meta":  # on which nothing is drawn
         yield
         return
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=_forkable(device)):

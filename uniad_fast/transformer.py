@@ -5,7 +5,6 @@ names are the public code's, so that its state dicts load.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,9 +16,9 @@ from .functional import dropout, dropout_add_norm
 from .kept import Kept
 from .linear import linear
 from .neighborhood import Size
+from .submodules import apply_linear, call_attention, is_plain, pending_dropout, whole_table
 
-# ReLU is done in one pass with the dropout that follows.
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "glu": F.glu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "glu": F.glu}
 
 
 _Layered = TypeVar("_Layered")
@@ -121,37 +120,34 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = norm
-        self._key_weights, self._value_weights = Kept(), Kept()
-
-    def train(self, mode: bool = True) -> "Decoder":
-        self._key_weights.clear()
-        self._value_weights.clear()
-        return super().train(mode)
 
     def forward(self, memory: Tensor, position: Tensor) -> Tensor:
-        out = memory
-        for layer, served in zip(self.layers, self._project_memory(memory, position), strict=True):
-            out = layer(out, position, *served)
+        out, projected = memory, self._project_memory(memory, position)
+        for number, layer in enumerate(self.layers):
+            # The first layer's previous output is the encoder's.
+            out = layer(out, memory, position, projected.get((number, 0)), projected.get((number, 1)))
         return self.norm(out)
 
-    def _project_memory(self, memory: Tensor, position: Tensor) -> list[tuple[Heads, Heads | None]]:
-        """(keys, values) of every attention to the encoder's output, all in one product each.
+    def _project_memory(self, memory: Tensor, position: Tensor) -> dict[tuple[int, int], Heads]:
+        """(keys, values) of every attention to the encoder's output, all in one product each: {(layer, 0 or 1): heads}.
 
-        Those are every layer's first and, since its previous output is the encoder's, the first layer's second.
+        Those are every layer's first and the first layer's second, but for attentions that have to be called.
         """
-        if not self.layers:
-            return []
-        layers = cast(list[DecoderLayer], list(self.layers))
-        attentions = [layer.self_attn for layer in layers] + [layers[0].multihead_attn]
+        attentions: dict[tuple[int, int], NeighborMaskedAttention] = {}
+        for number, layer in enumerate(cast(list[DecoderLayer], list(self.layers))):
+            for place, attention in enumerate((layer.self_attn, layer.multihead_attn)):
+                if (place == 0 or number == 0) and is_plain(attention, NeighborMaskedAttention):
+                    attentions[number, place] = attention
+        if not attentions:
+            return {}
+        first = next(iter(attentions.values()))
         projected = []
-        for tokens, which, kept in ((memory + position, 1, self._key_weights), (memory, 2, self._value_weights)):
-            weights, biases = zip(*(attention.in_proj(which, which + 1) for attention in attentions), strict=True)
-            weight = kept.get([attention.in_proj_weight for attention in attentions], partial(torch.cat, weights))
+        for tokens, which in ((memory + position, 1), (memory, 2)):
+            weights, biases = zip(*(a.in_proj(which, which + 1) for a in attentions.values()), strict=True)
             bias = None if biases[0] is None else torch.cat(biases)
-            product = linear(tokens, weight, bias, attentions[0].impl)
-            projected.append([attentions[0].split_heads(part) for part in product.chunk(len(attentions), dim=-1)])
-        *firsts, second = zip(*projected, strict=True)
-        return [(first, None if number else second) for number, first in enumerate(firsts)]
+            product = linear(tokens, torch.cat(weights), bias, first.impl)
+            projected.append([first.split_heads(part) for part in product.chunk(len(attentions), dim=-1)])
+        return dict(zip(attentions, zip(*projected, strict=True), strict=True))
 
 
 class _Layer(nn.Module):
@@ -167,8 +163,8 @@ class _Layer(nn.Module):
         impl: str | None,
     ) -> None:
         super().__init__()
-        if activation != "relu" and activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of relu, {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
         self.activation = activation
         self.normalize_before = normalize_before
         self.linear1 = nn.Linear(hidden_dim, dim_feedforward * (2 if activation == "glu" else 1))
@@ -176,30 +172,27 @@ class _Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.impl = impl
 
-    @property
-    def dropout_p(self) -> float:
-        """Of this forward pass."""
-        return self.dropout.p if self.training else 0.0
-
     def end(self, norm: nn.LayerNorm, tokens: Tensor, out: Tensor) -> Tensor:
         """End of a block: tokens (of batch 1, or B) + dropout(out), with the norm after it unless it was before."""
+        out, p = pending_dropout(self.dropout, out)
         if self.normalize_before:
-            return tokens + dropout(out, self.dropout_p, impl=self.impl)
-        return dropout_add_norm(
-            out, tokens, norm.weight, norm.bias, dropout_p=self.dropout_p, eps=norm.eps, impl=self.impl
-        )
+            return tokens + dropout(out, p, impl=self.impl)
+        if is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None:
+            return dropout_add_norm(out, tokens, norm.weight, norm.bias, dropout_p=p, eps=norm.eps, impl=self.impl)
+        return norm(tokens + dropout(out, p, impl=self.impl))
 
     def residual(self, norm: nn.LayerNorm, tokens: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
         """tokens + block(tokens) with the norm before the block or after the sum."""
         return self.end(norm, tokens, block(norm(tokens) if self.normalize_before else tokens))
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
-        hidden = linear(tokens, self.linear1.weight, self.linear1.bias, self.impl)
-        if self.activation == "relu":
-            hidden = dropout(hidden, self.dropout_p, relu=True, impl=self.impl)
-        else:
-            hidden = dropout(_ACTIVATIONS[self.activation](hidden), self.dropout_p, impl=self.impl)
-        return linear(hidden, self.linear2.weight, self.linear2.bias, self.impl)
+        hidden = apply_linear(self.linear1, tokens, self.impl)
+        relu = self.activation == "relu" and is_plain(self.dropout, nn.Dropout)  # which one pass does
+        if not relu:
+            hidden = _ACTIVATIONS[self.activation](hidden)
+        hidden, p = pending_dropout(self.dropout, hidden)
+        hidden = dropout(hidden, p, relu=relu, impl=self.impl)
+        return apply_linear(self.linear2, hidden, self.impl)
 
 
 class EncoderLayer(_Layer):
@@ -219,7 +212,7 @@ class EncoderLayer(_Layer):
     def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
         def attend(x: Tensor) -> Tensor:
             query_key = x + position
-            return self.self_attn(query_key, query_key, x)[0]
+            return call_attention(self.self_attn, query_key, query_key, x)
 
         tokens = self.residual(self.norm1, tokens, attend)
         return self.residual(self.norm2, tokens, self.feed_forward)
@@ -255,41 +248,44 @@ class DecoderLayer(_TwoAttentions):
         self.learned_embed = nn.Embedding(height * width, self_attn.embed_dim)
         self._query = Kept()
 
-    def forward(self, out: Tensor, position: Tensor, memory: Heads, previous: Heads | None) -> Tensor:
+    def forward(
+        self,
+        out: Tensor,
+        memory: Tensor,
+        position: Tensor,
+        memory_heads: Heads | None = None,
+        previous_heads: Heads | None = None,
+    ) -> Tensor:
         """out [B, N, C], the previous layer's -> this one's.
 
-        memory: the encoder's output as the first attention's keys and values. previous: the previous output as the
-        second's, where the caller has them.
+        memory: the encoder's output [B, N, C]. memory_heads, previous_heads: the encoder's output as the first
+        attention's keys and values, the previous one as the second's, where the caller has them.
         """
-        embed = self.learned_embed.weight.to(out.dtype)[None]  # [1, N, C], broadcast over the batch by what it meets
-        tokens = self.end(self.norm1, embed, self.self_attn.attend(self.learned_query(position), *memory))
+        embed = whole_table(self.learned_embed).to(out.dtype)[None]  # [1, N, C], broadcast by what it meets
+        if memory_heads is None:
+            query = (self.norm1(embed) if self.normalize_before else embed) + position
+            attended = call_attention(self.self_attn, query, memory + position, memory)
+        else:
+            attended = self.self_attn.attend(self.learned_query(position), *memory_heads)
+        tokens = self.end(self.norm1, embed, attended)
 
         def attend_previous(x: Tensor) -> Tensor:
             query = x + position
-            if previous is None:
-                return self.multihead_attn(query, out + position, out)[0]
-            return self.multihead_attn.attend(self.multihead_attn.project(query, 0, 1, self.impl)[0], *previous)
+            if previous_heads is None:
+                return call_attention(self.multihead_attn, query, out + position, out)
+            return self.multihead_attn.attend(self.multihead_attn.project(query, 0, 1, self.impl)[0], *previous_heads)
 
         tokens = self.residual(self.norm2, tokens, attend_previous)
         return self.residual(self.norm3, tokens, self.feed_forward)
 
     def learned_query(self, position: Tensor) -> Tensor:
         """The first attention's projected query [1, heads, N, head_dim]: once a step, once at all in evaluation."""
-
-        def project() -> Tensor:
-            embed = self.learned_embed.weight[None]
-            if self.normalize_before:
-                embed = self.norm1(embed)
-            return self.self_attn.project(embed + position, 0, 1, self.impl)[0]
-
-        sources = [position, self.learned_embed.weight, *self.norm1.parameters(), self.self_attn.in_proj_weight]
-        if self.self_attn.in_proj_bias is not None:
-            sources.append(self.self_attn.in_proj_bias)
-        return self._query.get(sources, project)
-
-    def train(self, mode: bool = True) -> "DecoderLayer":
-        self._query.clear()
-        return super().train(mode)
+        embed = whole_table(self.learned_embed)[None]
+        if self.normalize_before:
+            embed = self.norm1(embed)
+        weight, bias = self.self_attn.in_proj(0, 1)
+        sources = [position, embed, weight, *([] if bias is None else [bias])]
+        return self._query.get(sources, lambda: self.self_attn.project(embed + position, 0, 1, self.impl)[0])
 
 
 class PlainDecoder(nn.Module):
@@ -304,7 +300,7 @@ class PlainDecoder(nn.Module):
     def forward(self, memory: Tensor, position: Tensor) -> Tensor:
         out = memory
         if self.learned_embed is not None:
-            out = self.learned_embed.weight.to(memory.dtype).expand_as(memory)
+            out = whole_table(self.learned_embed).to(memory.dtype).expand_as(memory)
         for layer in self.layers:
             out = layer(out, memory, position)
         return self.norm(out)
@@ -318,10 +314,10 @@ class PlainDecoderLayer(_TwoAttentions):
 
         def attend_itself(x: Tensor) -> Tensor:
             query_key = x + position
-            return self.self_attn(query_key, query_key, x)[0]
+            return call_attention(self.self_attn, query_key, query_key, x)
 
         def attend_memory(x: Tensor) -> Tensor:
-            return self.multihead_attn(x + position, memory + position, memory)[0]
+            return call_attention(self.multihead_attn, x + position, memory + position, memory)
 
         out = self.residual(self.norm1, out, attend_itself)
         out = self.residual(self.norm2, out, attend_memory)
