@@ -33,6 +33,8 @@ setup(
         "scipy>=1.11",
         "tqdm>=4.66",
         "typer>=0.20",
+        "filelock>=3.12",
+        "platformdirs>=4",
         "pyyaml>=6",  # configurations of the public code
     ],
     extras_require={

@@ -1,5 +1,6 @@
 """AnomalyDetector: fit, predict, save, load, on made-up classes."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -12,7 +13,8 @@ from PIL import Image
 
 from uniad_fast import AnomalyDetector, Prediction
 from uniad_fast.bundle import BundleError
-from uniad_fast.data import DataError, load_dataset
+from uniad_fast.data import DataError
+from uniad_fast.datasets import load_dataset
 from uniad_fast.evaluation import evaluate
 from uniad_fast.images import UnreadableImage, list_images
 from uniad_fast.recipes import FAST
@@ -170,8 +172,10 @@ def test_bad_settings_are_named(options, message):
 
 def change_json(**changes):
     def damage(bundle):
-        config = json.loads((bundle / "config.json").read_text())
-        (bundle / "config.json").write_text(json.dumps(config | changes))
+        config = json.loads((bundle / "config.json").read_text()) | changes
+        del config["config_sha256"]  # whoever edits can make a checksum too
+        config["config_sha256"] = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+        (bundle / "config.json").write_text(json.dumps(config))
 
     return damage
 

@@ -38,10 +38,8 @@ def extract(backbone, tmp_path):
 def extracted_images(monkeypatch):
     """How many images went through the backbone."""
     counts = []
-    tokens = features.ImageBatch.tokens
-    monkeypatch.setattr(
-        features.ImageBatch, "tokens", lambda batch, b: counts.append(len(batch.used)) or tokens(batch, b)
-    )
+    tokens = features.tokens_of
+    monkeypatch.setattr(features, "tokens_of", lambda batch, b: counts.append(len(batch.used)) or tokens(batch, b))
     return counts
 
 
@@ -95,21 +93,21 @@ def test_a_damaged_cache_is_rebuilt_and_said_so(extract, paths, tmp_path, extrac
 
 @pytest.mark.parametrize("torn", [False, True], ids=["between_writes", "in_a_write"])
 def test_an_interrupted_extraction_goes_on(extract, paths, tmp_path, monkeypatch, extracted_images, torn):
-    monkeypatch.setattr(features.read_batches, "__defaults__", (2,))
-    tokens = features.ImageBatch.tokens
+    monkeypatch.setattr(features.read_batches, "__defaults__", (2, None))
+    tokens = features.tokens_of
 
     def stop_at_the_third(batch, backbone):
         if len(extracted_images) == 2:
             raise KeyboardInterrupt
         return tokens(batch, backbone)
 
-    monkeypatch.setattr(features.ImageBatch, "tokens", stop_at_the_third)
+    monkeypatch.setattr(features, "tokens_of", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         extract(paths)
     if torn:
         (partial,) = (tmp_path / "cache").glob("*.partial.f32")
         partial.write_bytes(partial.read_bytes() + b"half a row")
-    monkeypatch.setattr(features.ImageBatch, "tokens", tokens)
+    monkeypatch.setattr(features, "tokens_of", tokens)
     found = extract(paths)
     fresh = np.array(found.tokens)
     assert extracted_images == [2, 2, 2, 1] and not list((tmp_path / "cache").glob("*.partial*"))

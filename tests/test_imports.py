@@ -11,12 +11,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "uniad_fast"
 # A file may import from its own layer's earlier files and from lower layers, never from a higher one.
 LAYERS = [
-    {"noise", "neighborhood", "files", "progress", "images", "metrics", "precision"},
+    {"errors", "printable", "noise", "neighborhood", "progress", "signals"},
+    {"files", "images", "metrics", "precision"},
     {"recipes", "initialize", "registered", "kept"},
     {"optimization"},
     {"impls", "reference", "stock", "autograd", "masks", "lazy_weights", "mask_cache"},
-    {"state_dicts", "efficientnet", "data", "heatmap", "bundle"},
-    {"functional", "linear"},
+    {"state_dicts", "efficientnet", "data", "heatmap", "bundle", "image_batches"},
+    {"functional", "linear", "folder_layouts", "metadata"},
+    {"datasets"},
     {"submodules", "position"},
     {"reconstruction", "attention", "backbone", "testing"},
     {"transformer", "features"},

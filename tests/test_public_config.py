@@ -110,7 +110,7 @@ def test_the_published_choices():
         (("dataset", "input_size"), [64, 96], "square, got 64 x 96"),
         (("trainer", "optimizer", "type"), "SGD", "must be AdamW, got 'SGD'"),
         (("net",), [], "'backbone' is missing"),
-        (("net",), None, "missing or malformed"),
+        (("net",), None, "net must be a list of networks"),
     ],
 )
 def test_what_cannot_be_followed_is_named(path, value, message):

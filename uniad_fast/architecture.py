@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .errors import UniadFastError
+from .functional import size_pair
 from .model import UniAD
 from .neighborhood import Size
 from .recipes import Recipe
@@ -23,6 +25,9 @@ class Architecture:
         neighbor_size: (h, w) of the hidden window; None for half of the grid, as the public configurations have it.
         mask: whether the window hides in the encoder, in the decoder's first and in its second attention.
         The others: as in `UniAD`.
+
+    Raises:
+        UniadFastError: a value is out of range.
     """
 
     hidden_dim: int = 256
@@ -36,6 +41,26 @@ class Architecture:
     query_embedding: str = "every"
     neighbor_size: Size | None = None
     mask: tuple[bool, bool, bool] = (True, True, True)
+
+    def __post_init__(self) -> None:
+        for name, highest in _LARGEST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= highest:
+                raise UniadFastError(f"architecture: {name} must be an integer from 1 to {highest}, got {value!r}")
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                raise UniadFastError(
+                    f"architecture: {name} must be one of {', '.join(words)}, got {getattr(self, name)!r}"
+                )
+        if not isinstance(self.normalize_before, bool):
+            raise UniadFastError(f"architecture: normalize_before must be true or false, got {self.normalize_before!r}")
+        if self.neighbor_size is not None:
+            try:
+                size_pair("architecture: neighbor_size", self.neighbor_size)
+            except ValueError as error:
+                raise UniadFastError(str(error)) from None
+        if not isinstance(self.mask, tuple) or len(self.mask) != 3 or {type(flag) for flag in self.mask} != {bool}:
+            raise UniadFastError(f"architecture: mask must be three of true and false, got {self.mask!r}")
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Architecture":
@@ -51,6 +76,19 @@ class Architecture:
         return own | {"neighbor_mask": masked}
 
 
+# Beyond any network that was ever trained so, and small enough that a hostile file costs nothing.
+_LARGEST = {
+    "hidden_dim": 8192,
+    "nhead": 512,
+    "num_encoder_layers": 64,
+    "num_decoder_layers": 64,
+    "dim_feedforward": 65536,
+}
+_WORDS = {
+    "pos_embed_type": ("learned", "v3", "sine", "v2"),
+    "activation": ("relu", "gelu", "glu"),
+    "query_embedding": ("every", "first", "none"),
+}
 PAPER_ARCHITECTURE = Architecture()
 
 
@@ -110,8 +148,12 @@ def read_architecture(state: StateDict, nhead: int, neighbor_size: Size | None) 
             if learned
             else (math.isqrt(tokens), math.isqrt(tokens))
         )
-    except (KeyError, ValueError) as error:
+        dim_feedforward = linear2.shape[1]
+        glu = len(linear1) == 2 * dim_feedforward
+    except KeyError as error:
         raise WeightsError(f"these are not the tensors of a UniAD network: {error} is not there") from None
+    except (ValueError, IndexError, TypeError) as error:
+        raise WeightsError(f"these are not the tensors of a UniAD network: one has another shape ({error})") from None
     if grid[0] * grid[1] != tokens:
         raise WeightsError(f"{tokens} query embeddings do not fit a grid of {grid[0]} x {grid[1]} tokens")
     architecture = Architecture(
@@ -119,9 +161,9 @@ def read_architecture(state: StateDict, nhead: int, neighbor_size: Size | None) 
         nhead=nhead,
         num_encoder_layers=count["encoder"],
         num_decoder_layers=count["decoder"],
-        dim_feedforward=linear2.shape[1],
+        dim_feedforward=dim_feedforward,
         pos_embed_type="learned" if learned else "sine",
-        activation="glu" if len(linear1) == 2 * linear2.shape[1] else "relu",
+        activation="glu" if glu else "relu",
         normalize_before="transformer.encoder.norm.weight" in state,
         neighbor_size=neighbor_size,
     )

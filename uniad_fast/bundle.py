@@ -1,5 +1,6 @@
 """A trained detector on disk: a folder with `model.safetensors` and `config.json`, whole or not there."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -7,15 +8,18 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from .errors import UniadFastError
 from .files import atomic_directory, sha256_of_file
+from .printable import printable
 from .state_dicts import StateDict
 
 FORMAT = "uniad_fast bundle"
-VERSION = 1
-_TENSORS, _CONFIG = "model.safetensors", "config.json"
+VERSION = 2
+_LONGEST_NAME = 180  # in bytes: file systems take 255, and temporary names are longer
+_TENSORS, _CONFIG, _LOG = "model.safetensors", "config.json", "training.csv"
 
 
-class BundleError(ValueError):
+class BundleError(UniadFastError):
     """A folder that is no bundle, or a damaged one; the message says what is wrong."""
 
 
@@ -23,26 +27,44 @@ def write_bundle(directory: str | os.PathLike, tensors: StateDict, config: dict[
     """Write a bundle, replacing one that is there; `training_log` goes into training.csv.
 
     Raises:
-        BundleError: `directory` exists and is something else, which is left alone.
+        BundleError: `directory` exists and is or holds something else, which is left alone.
+        UniadFastError: a tensor is not finite.
     """
     directory = Path(directory)
     check_writable(directory)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UniadFastError(f"{name} is not finite: such a detector is of no use, and not saved")
     with atomic_directory(directory) as partial:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial / _TENSORS)
         content = {"format": FORMAT, "version": VERSION, "sha256": sha256_of_file(partial / _TENSORS), **config}
-        (partial / _CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        content["config_sha256"] = _hash_of(content)
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        (partial / _CONFIG).write_text(text, encoding="utf-8")
         if training_log:
-            (partial / "training.csv").write_text(training_log, encoding="utf-8")
+            (partial / _LOG).write_text(training_log, encoding="utf-8")
 
 
 def check_writable(directory: str | os.PathLike) -> None:
-    """BundleError if `directory` holds something that is not a bundle and must not be replaced."""
+    """BundleError if a bundle can't be put at `directory`: something else is there, or nothing can be renamed to it."""
     directory = Path(directory)
+    if directory.is_symlink():
+        raise BundleError(f"{directory} is a link: name the place itself for the bundle")
     if directory.is_dir():
-        if any(directory.iterdir()) and not _is_bundle(directory):
+        if os.path.ismount(directory):
+            raise BundleError(f"{directory} is a mount point, which no folder can replace: name a folder in it")
+        content = sorted(path.name for path in directory.iterdir())
+        if content and not _is_bundle(directory):
             raise BundleError(f"{directory} is a folder with other content: choose another place for the bundle")
+        if others := [name for name in content if name not in (_TENSORS, _CONFIG, _LOG)]:
+            raise BundleError(
+                f"{directory} is a bundle with other content ({printable(', '.join(others[:5]))}), lost with it: "
+                "move that elsewhere first"
+            )
     elif directory.exists():
         raise BundleError(f"{directory} is a file: choose another place for the bundle")
+    elif len(os.fsencode(directory.name)) > _LONGEST_NAME:
+        raise BundleError(f"{directory} has a name of {len(os.fsencode(directory.name))} bytes: choose a shorter one")
 
 
 def read_bundle(directory: str | os.PathLike) -> tuple[StateDict, dict[str, Any]]:
@@ -59,22 +81,33 @@ def read_bundle(directory: str | os.PathLike) -> tuple[StateDict, dict[str, Any]
             raise BundleError(f"{directory} is not a bundle: it has no {name}")
     try:
         config = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BundleError(f"{directory / _CONFIG} is damaged: {error}") from None
+    except (ValueError, RecursionError) as error:
+        reason = "too deeply nested" if isinstance(error, RecursionError) else error
+        raise BundleError(f"{directory / _CONFIG} is damaged: {reason}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise BundleError(f"{directory / _CONFIG} is not the configuration of a bundle")
-    if config.get("version") != VERSION:
+    if type(config.get("version")) is not int or config["version"] != VERSION:
         raise BundleError(
-            f"{directory} is a bundle of version {config.get('version')}; this release reads version {VERSION}"
+            f"{directory} is a bundle of version {config.get('version')!r}; this release reads version {VERSION}"
         )
+    if config.pop("config_sha256", None) != _hash_of(config):
+        raise BundleError(f"{directory / _CONFIG} is damaged or was edited: its checksum is not that of its content")
     if sha256_of_file(directory / _TENSORS) != config.get("sha256"):
         raise BundleError(f"{directory / _TENSORS} is damaged: its checksum is not the one in {_CONFIG}")
-    return load_file(directory / _TENSORS), config
+    try:
+        return load_file(directory / _TENSORS), config
+    except Exception as error:  # safetensors raises kinds of its own
+        raise BundleError(f"{directory / _TENSORS} can't be read: {printable(error)}") from None
+
+
+def _hash_of(config: dict[str, Any]) -> str:
+    """Hex SHA-256 of a configuration, whatever the order of its names."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _is_bundle(directory: Path) -> bool:
     try:
         config = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and config.get("format") == FORMAT

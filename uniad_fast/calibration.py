@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .errors import UniadFastError
 from .scoring import Scorer, image_scores
 
 _BATCH = 32
+_COLOR_IMAGES = 256
 _SCORE_IMAGES = 512
 _SHRINKAGE = 1e-2
 
@@ -26,6 +28,9 @@ class Calibration:
         held_false_alarm_rate: the rate that it holds, see `threshold_for`.
         color_range: map values between which heat maps are coloured, the same for every image.
         held_out_images, held_out_mean, held_out_std: how many there were, and their image scores.
+
+    Raises:
+        UniadFastError: a figure is not finite, or out of range.
     """
 
     threshold: float
@@ -35,20 +40,39 @@ class Calibration:
     held_out_mean: float
     held_out_std: float
 
+    def __post_init__(self) -> None:
+        low, high = self.color_range
+        numbers = [self.threshold, self.held_false_alarm_rate, low, high, self.held_out_mean, self.held_out_std]
+        if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers):
+            raise UniadFastError(f"the figures of good images are not all finite numbers: {self}")
+        if low > high or not 0 <= self.held_false_alarm_rate <= 1 or self.held_out_images < 1:
+            raise UniadFastError(f"the figures of good images are out of range: {self}")
+
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Calibration":
-        """From what `dataclasses.asdict` gave, after JSON made a list of the tuple."""
+        """From what `dataclasses.asdict` gave, after JSON made a list of the tuple; raises as the class does."""
         low, high = content["color_range"]
         return cls(**(content | {"color_range": (low, high)}))
 
 
 def calibrate(scorer: Scorer, tokens: NDArray, image_score: str, false_alarm_rate: float) -> Calibration:
-    """Figures from the features [images, N, C] of good images that were held out."""
-    maps = torch.cat([scorer.maps(batch).cpu() for batch in _batches(tokens)])
-    scores = image_scores(maps, image_score).tolist()
+    """Figures from the features [images, N, C] of good images that were held out.
+
+    Colours are set from the maps of at most 256 of them, evenly picked, so that memory stays bounded.
+
+    Raises:
+        UniadFastError: a score is not finite.
+    """
+    step = max(1, len(tokens) // _COLOR_IMAGES)
+    scores: list[float] = []
+    picked: list[Tensor] = []
+    for number, batch in enumerate(_batches(tokens)):
+        maps = scorer.maps(batch).cpu()
+        scores += image_scores(maps, image_score).tolist()
+        picked.append(maps[-number * _BATCH % step :: step].clone())
     threshold, held_rate = threshold_for(scores, false_alarm_rate)
     # Good pixels stay in the lower half of the colours: the range goes twice as far as nearly all of them do.
-    typical, high = (float(np.quantile(maps.numpy(), q)) for q in (0.5, 0.999))
+    typical, high = (float(q) for q in np.quantile(torch.cat(picked).numpy(), (0.5, 0.999)))
     color_range = (typical, typical + 2 * (high - typical))
     return Calibration(threshold, held_rate, color_range, len(scores), float(np.mean(scores)), float(np.std(scores)))
 
@@ -81,6 +105,8 @@ def whitening_of(residuals: Tensor) -> Tensor:
         covariance += rows @ rows.T
         count += rows.shape[1]
     covariance /= count
+    if not covariance.isfinite().all() or not covariance.diagonal().mean() > 0:
+        raise UniadFastError("the residuals of good images are not finite, or all zero: no score can be fitted to them")
     covariance += _SHRINKAGE * covariance.diagonal().mean() * torch.eye(channels, dtype=torch.float64)
     values, vectors = torch.linalg.eigh(covariance)
     return (vectors / values.sqrt() @ vectors.T).float()
@@ -92,13 +118,18 @@ def threshold_for(good_scores: Sequence[float], false_alarm_rate: float) -> tupl
     The threshold is an order statistic of the n scores of held-out good images, so that the rate holds for the next
     good image whatever the scores' distribution. n images can hold no rate below 1 / (n + 1): the rate returned is
     then that one, and the threshold their maximum.
+
+    Raises:
+        UniadFastError: no score, one that is not finite, or a rate outside (0, 1).
     """
     ordered = np.sort(np.asarray(good_scores, dtype=np.float64))
     n = len(ordered)
     if n == 0:
-        raise ValueError("a threshold needs the score of at least one held-out good image")
+        raise UniadFastError("a threshold needs the score of at least one held-out good image")
+    if not np.isfinite(ordered).all():
+        raise UniadFastError(f"{int((~np.isfinite(ordered)).sum())} of {n} scores of good images are not finite")
     if not 0 < false_alarm_rate < 1:
-        raise ValueError(f"false_alarm_rate must be in (0, 1), got {false_alarm_rate}")
+        raise UniadFastError(f"false_alarm_rate must be in (0, 1), got {false_alarm_rate}")
     rank = min(n, math.ceil((n + 1) * (1 - false_alarm_rate)))
     return float(ordered[rank - 1]), max(false_alarm_rate, 1 / (n + 1))
 

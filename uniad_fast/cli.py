@@ -1,5 +1,7 @@
 """The command line: uniad-fast demo | train | eval | score | convert | doctor."""
 
+import math
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -7,30 +9,43 @@ from typing import Annotated
 
 import typer
 
-from . import report
+from . import __version__, report
 from .bundle import check_writable
 from .cli_convert import convert
 from .cli_options import (
+    DEFECTIVE,
     ERROR,
+    INCOMPLETE,
+    AllGood,
     BatchSize,
     CacheDirectory,
     DataArgument,
     Device,
+    FalseAlarmRate,
     ImageRoot,
     ImageScore,
+    MaxPixels,
     Quiet,
     RecipeName,
     Score,
-    exit_if_unreadable,
+    Seed,
+    finish,
+    list_problems,
     reports_errors,
+    say,
 )
-from .data import DataError, Dataset, load_dataset
+from .data import DataError, Dataset
+from .datasets import composition, load_dataset
 from .demo import picture_most_defective, thin_out
 from .detector import AnomalyDetector
 from .doctor import diagnose
+from .errors import UniadFastError
 from .evaluation import evaluate
+from .files import locked
+from .printable import printable
 from .recipes import RECIPES
 from .scan import name_images, scan_images
+from .signals import Stopped
 from .studies.cli import data_app, study
 from .training import ResumeError
 
@@ -41,6 +56,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+_TRAINING, _LOCK = "uniad_fast training", "lock"
+_IN_TRAINING = {_TRAINING, _LOCK, "checkpoint.pt", "log.csv"}
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"uniad_fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
 
 
 @app.command()
@@ -63,21 +97,25 @@ def train(
     image_score: Annotated[
         ImageScore, typer.Option(help="How a map becomes the image's score; mean suits defects all over the image.")
     ] = "max",
-    false_alarm_rate: Annotated[float, typer.Option(help="Share of good images that may be called defective.")] = 0.01,
+    false_alarm_rate: FalseAlarmRate = 0.01,
     held_out: Annotated[float, typer.Option(help="Share of the good images kept back to set the threshold.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of this command.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw an interrupted run away.")] = False,
+    all_good: AllGood = False,
     image_root: ImageRoot = None,
+    max_pixels: MaxPixels = None,
     cache: CacheDirectory = None,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Learn from good images; write a bundle.
 
-    Killed at any moment, it goes on with --resume, to the same result.
+    Killed at any moment, it goes on with --resume, to the same result. Exit code: 0 done, 2 an error, 3 done without
+    some images that could not be read, 128 + n stopped by a signal.
     """
-    dataset = load_dataset(data, image_root, seed)
+    if resume and restart:
+        raise UniadFastError("--resume goes on with a run and --restart drops it: give one of them")
     detector = AnomalyDetector(
         backbone,
         image_size,
@@ -91,9 +129,15 @@ def train(
         device=device,
         cache_dir=cache,
     )
+    dataset = load_dataset(data, image_root, seed, all_good)
+    if not dataset.train:
+        raise DataError(f"{data} has no good image to learn from")
+    _show_data(dataset)
     _fit_and_save(detector, dataset, output, resume, restart, quiet)
     if dataset.test:
-        typer.echo(f"test it: uniad-fast eval {output} {data}")
+        root = ["--image-root", str(image_root)] if image_root else []
+        say(f"test it: {shlex.join(['uniad-fast', 'eval', str(output), data, *root])}")
+    finish(detector.unreadable)
 
 
 @app.command("eval")
@@ -107,63 +151,94 @@ def evaluate_command(
     save_reconstructions: Annotated[
         Path | None, typer.Option(help="Folder for the reconstructed feature maps, one .npy an image.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the split of elpv. Default: the bundle's.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**63 - 1, help="Of the split, where data bring none. Default: the bundle's."),
+    ] = None,
     image_root: ImageRoot = None,
+    max_pixels: MaxPixels = None,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a bundle on labelled test images."""
+    """Measure a bundle on labelled test images.
+
+    Exit code: 0 done, 2 an error (a score that is not finite is one), 3 done without some that could not be read.
+    """
+    _check_folder(output)
+    _check_folder(save_reconstructions)
     detector = AnomalyDetector.load(bundle, device)
     dataset = load_dataset(data, image_root, detector.seed if seed is None else seed)
     if not dataset.test:
         raise DataError(f"{data} has no test images")
+    _show_data(dataset)
     evaluation = evaluate(detector, dataset.test, reconstructions_dir=save_reconstructions, quiet=quiet)
-    typer.echo(report.evaluation_table(evaluation))
-    if output is not None:
-        for path in report.write_evaluation(evaluation, output):
-            typer.echo(f"wrote {path}")
-    exit_if_unreadable(evaluation.unreadable)
+    written = report.write_evaluation(evaluation, output) if output is not None else []
+    say(report.evaluation_table(evaluation))
+    for path in written:
+        say(f"wrote {path}")
+    list_problems("left out", evaluation.unreadable)
+    list_problems("not finite", evaluation.not_finite)
+    raise typer.Exit(ERROR if evaluation.not_finite else INCOMPLETE if evaluation.unreadable else 0)
 
 
 @app.command()
 @reports_errors
 def score(
     bundle: Annotated[Path, typer.Argument(help="Folder that train wrote.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files, and folders of them.")],
+    images: Annotated[list[str], typer.Argument(help="Image files, and folders of them.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for scores.csv, scores.jsonl and heatmaps/.")],
     threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's.")] = None,
     heat_maps: Annotated[bool, typer.Option(help="Write a heat map for each image.")] = True,
     batch_size: BatchSize = 16,
+    max_pixels: MaxPixels = None,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Score images with a bundle.
 
-    Exit code: 0 all good, 1 something is defective, 2 an error (an image that can't be read is one; the rest are
-    still scored).
+    Exit code: 0 all good, 1 something is defective, 2 an error (a score that is not finite is one), 3 some images could
+    not be read or drawn; the others are scored, and defects among them are in the files and on the last line.
     """
+    if threshold is not None and not math.isfinite(threshold):
+        raise UniadFastError(f"--threshold must be a finite number, got {threshold}")
+    if "" in images:
+        raise DataError("the name of an image is empty")
+    _check_folder(output)
     detector = AnomalyDetector.load(bundle, device)
     if not detector.is_calibrated and (heat_maps or threshold is None):
-        raise ValueError(
+        raise UniadFastError(
             f"{bundle} has no threshold and no colours: convert it with --good GOOD_IMAGES, "
             "or give --threshold and --no-heat-maps"
         )
     limit = detector.calibration.threshold if threshold is None else threshold
-    named = name_images(images)
-    rows, unreadable = scan_images(
-        detector, named, output / "heatmaps" if heat_maps else None, limit, batch_size, quiet
-    )
-    rows_by_score = sorted(rows, key=lambda row: -row["score"])
+    named, notes = name_images([Path(image) for image in images], output)
+    scan = scan_images(detector, named, output, heat_maps, limit, batch_size, quiet)
+    for note in notes:
+        say(f"note: {note}", err=True)
+    list_problems("note", scan.notes)
+    if not scan.rows and not scan.not_finite:
+        raise DataError(
+            f"none of {len(named)} images could be read" + "".join(f"\n  {m}" for m in scan.unreadable[:20])
+        )
+    rows_by_score = sorted(scan.rows, key=lambda row: -row["score"])
     for row in rows_by_score[:20]:
-        typer.echo(f"{row['score']:10.4f}  {'DEFECTIVE' if row['label'] else 'good':9}  {row['image']}")
-    if len(rows) > 20:
-        typer.echo(f"... and {len(rows) - 20} more with lower scores")
-    defective = sum(row["label"] for row in rows)
-    typer.echo(f"{defective} of {len(rows)} images are defective (score above {limit:.4f})")
-    for path in report.write_scores(rows, output):
-        typer.echo(f"wrote {path}")
-    exit_if_unreadable(unreadable)
-    raise typer.Exit(1 if defective else 0)
+        say(f"{row['score']:10.4f}  {'DEFECTIVE' if row['label'] else 'good':9}  {printable(row['image'])}")
+    if len(scan.rows) > 20:
+        say(f"... and {len(scan.rows) - 20} more with lower scores")
+    for name in ("scores.csv", "scores.jsonl"):
+        say(f"wrote {output / name}")
+    list_problems("left out", scan.unreadable)
+    list_problems("not finite", scan.not_finite)
+    list_problems("not drawn", scan.not_drawn)
+    last = f"{scan.defective} of {len(scan.rows)} images are defective (score above {limit:.4f})"
+    for messages, what in ((scan.unreadable, "could not be read"), (scan.not_finite, "have no finite score")):
+        last += f"; {len(messages)} {what}" if messages else ""
+    say(last)
+    if scan.not_finite:
+        raise typer.Exit(ERROR)
+    if scan.unreadable or scan.not_drawn:
+        raise typer.Exit(INCOMPLETE)
+    raise typer.Exit(DEFECTIVE if scan.defective else 0)
 
 
 @app.command()
@@ -174,7 +249,7 @@ def demo(
     ),
     epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the fast recipe's.")] = None,
     images_per_class: Annotated[int | None, typer.Option(min=4, help="Use only so many, for a quick look.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted demo.")] = False,
     cache: CacheDirectory = None,
     device: Device = None,
@@ -196,14 +271,15 @@ def demo(
     bundle = output / "bundle"
     _fit_and_save(detector, dataset, bundle, resume, restart=not resume, quiet=quiet)
     evaluation = evaluate(detector, dataset.test, quiet=quiet)
-    typer.echo("\n" + report.evaluation_table(evaluation) + "\n")
-    for path in report.write_evaluation(evaluation, output):
-        typer.echo(f"wrote {path}")
+    written = report.write_evaluation(evaluation, output)
     pictures = picture_most_defective(detector, evaluation, output / "heatmaps")
-    typer.echo(f"wrote {len(pictures)} heat maps of the most defective cells to {output / 'heatmaps'}")
-    typer.echo(f"score your own images with: uniad-fast score {bundle} IMAGES -o OUT")
-    typer.echo(f"took {(time.monotonic() - started) / 60:.1f} minutes")
-    exit_if_unreadable([*detector.unreadable, *evaluation.unreadable])
+    say("\n" + report.evaluation_table(evaluation) + "\n")
+    for path in written:
+        say(f"wrote {path}")
+    say(f"wrote {len(pictures)} heat maps of the most defective cells to {output / 'heatmaps'}")
+    say(f"score your own images with: {shlex.join(['uniad-fast', 'score', str(bundle), 'IMAGES', '-o', 'OUT'])}")
+    say(f"took {(time.monotonic() - started) / 60:.1f} minutes")
+    finish([*detector.unreadable, *evaluation.unreadable])
 
 
 @app.command()
@@ -211,7 +287,7 @@ def demo(
 def doctor() -> None:
     """Say what runs on this machine, and what does not and why."""
     lines, sound = diagnose()
-    typer.echo("\n".join(lines))
+    say("\n".join(lines))
     raise typer.Exit(0 if sound else ERROR)
 
 
@@ -220,34 +296,79 @@ app.command()(reports_errors(study))
 app.add_typer(data_app, name="data")
 
 
+def _show_data(dataset: Dataset) -> None:
+    """What will be looked at, class by class, and what will not."""
+    header = ["class", "good to learn from", "to test on", "masks"]
+    rows = composition(dataset)
+    say(report.table(header, [[printable(name), str(good), tested, masks] for name, good, tested, masks in rows]))
+    list_problems("not looked at", dataset.notes)
+
+
+def _check_folder(folder: Path | None) -> None:
+    """UniadFastError where results can't go into it, which is better known before the work."""
+    while folder is not None and not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if folder is not None and not folder.is_dir():
+        raise UniadFastError(f"{folder} is a file, and results need a folder")
+
+
 def _fit_and_save(
     detector: AnomalyDetector, dataset: Dataset, output: Path, resume: bool, restart: bool, quiet: bool
 ) -> None:
     """Train with checkpoints beside the bundle-to-be, write the bundle, drop the checkpoints."""
+    output = output.absolute() if output.name else output.resolve()
     check_writable(output)
     work_dir = output.with_name(f"{output.name}.training")
-    if (work_dir / "checkpoint.pt").exists() and not resume:
-        if not restart:
-            raise ResumeError(f"{work_dir} holds an interrupted run: go on with --resume, or drop it with --restart")
+    _check_work_dir(work_dir)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    (work_dir / _TRAINING).touch()
+    with locked(work_dir / _LOCK, wait=False) as alone:
+        if not alone:
+            raise ResumeError(f"another process is training {output}")
+        if (work_dir / "checkpoint.pt").exists() and not resume:
+            if not restart:
+                raise ResumeError(
+                    f"{work_dir} holds an interrupted run: go on with --resume, or drop it with --restart"
+                )
+            (work_dir / "checkpoint.pt").unlink()
+        classes = {sample.class_name for sample in dataset.train}
+        say(f"{dataset.name}: {len(dataset.train)} good images of {len(classes)} classes to learn from")
+        try:
+            detector.fit(dataset, work_dir=work_dir, resume=resume, quiet=quiet)
+            detector.save(output)
+        except (Stopped, KeyboardInterrupt):
+            if (work_dir / "checkpoint.pt").exists():
+                say(f"what was done is in {work_dir}: the same command with --resume goes on from there", err=True)
+            else:
+                shutil.rmtree(work_dir)
+                say("no step was done; the features that were extracted are kept for the next run", err=True)
+            raise
+        except UniadFastError:
+            if not (work_dir / "checkpoint.pt").exists():
+                shutil.rmtree(work_dir)
+            raise
         shutil.rmtree(work_dir)
-    classes = {sample.class_name for sample in dataset.train}
-    typer.echo(f"{dataset.name}: {len(dataset.train)} good images of {len(classes)} classes to learn from")
-    try:
-        detector.fit(dataset, work_dir=work_dir, resume=resume, quiet=quiet)
-    except KeyboardInterrupt:
-        typer.echo(f"what was done is in {work_dir}: the same command with --resume goes on from there", err=True)
-        raise
-    detector.save(output)
-    shutil.rmtree(work_dir)
     calibration = detector.calibration
-    typer.echo(
+    say(
         f"wrote {output}; threshold {calibration.threshold:.4f} from {calibration.held_out_images} held-out good "
         f"images, at most {calibration.held_false_alarm_rate:.1%} false alarms"
     )
     if calibration.held_false_alarm_rate > detector.false_alarm_rate:
-        typer.echo(f"(too few held-out images to promise the {detector.false_alarm_rate:.1%} asked for)")
-    for message in detector.unreadable:
-        typer.echo(f"left out: {message}", err=True)
+        say(f"(too few held-out images to promise the {detector.false_alarm_rate:.1%} asked for)")
+    list_problems("note", detector.notes)
+
+
+def _check_work_dir(work_dir: Path) -> None:
+    """ResumeError if the folder for checkpoints is somebody else's: it is removed in the end."""
+    if work_dir.is_symlink() or (work_dir.exists() and not work_dir.is_dir()):
+        raise ResumeError(f"{work_dir}, where checkpoints would go, is no folder: move it, or choose another output")
+    others = sorted(path.name for path in work_dir.iterdir()) if work_dir.exists() else []
+    others = [name for name in others if name not in _IN_TRAINING and not name.endswith(".partial")]
+    if others:
+        raise ResumeError(
+            f"{work_dir}, where checkpoints would go and which is removed in the end, holds other files "
+            f"({printable(', '.join(others[:5]))}): move them, or choose another output"
+        )
 
 
 def main() -> None:

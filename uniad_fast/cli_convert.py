@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 import typer
 
 from .bundle import check_writable
-from .cli_options import CacheDirectory, Device, Quiet, exit_if_unreadable
+from .cli_options import CacheDirectory, Device, FalseAlarmRate, Quiet, finish, say
 from .detector import AnomalyDetector
+from .errors import UniadFastError
 from .weights import load, save
 
 
@@ -29,11 +30,13 @@ def convert(
     image_size: Annotated[
         int | None, typer.Option(min=32, help="Side of the images. Default: 16 times the grid.")
     ] = None,
-    heads: Annotated[int, typer.Option(min=1, help="Attention heads, which tensors do not tell.")] = 8,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads, which tensors do not tell. Default: 8.")
+    ] = None,
     window: Annotated[
         tuple[int, int] | None, typer.Option(help="Hidden window, height and width. Default: half of the grid.")
     ] = None,
-    false_alarm_rate: Annotated[float, typer.Option(help="Share of good images that may be called defective.")] = 0.01,
+    false_alarm_rate: FalseAlarmRate = 0.01,
     cache: CacheDirectory = None,
     device: Device = None,
     quiet: Quiet = False,
@@ -44,18 +47,33 @@ def convert(
     """
     if to is None:
         check_writable(output)
+    given = {
+        "--config": config,
+        "--backbone": backbone,
+        "--backbone-weights": backbone_weights,
+        "--image-size": image_size,
+        "--heads": heads,
+        "--window": window,
+    }
+    said = [name for name, value in given.items() if value is not None]
+    if checkpoint.is_dir() and said:
+        raise UniadFastError(
+            f"{checkpoint} is a bundle, which says all by itself: {', '.join(said)} would not be followed"
+        )
+    if config is not None and (heads is not None or window is not None):
+        raise UniadFastError("--config says heads and window: give it, or --heads and --window")
     found = load(
         checkpoint,
         config=config,
         backbone=backbone,
         backbone_weights=backbone_weights,
         image_size=image_size,
-        nhead=heads,
+        nhead=8 if heads is None else heads,
         neighbor_size=window,
         device=device,
     )
     if not isinstance(found, AnomalyDetector):
-        raise ValueError(
+        raise UniadFastError(
             f"{checkpoint} holds no whole detector, only a {type(found).__name__}: "
             "name the backbone of a network with --backbone; a backbone is for train --backbone-weights"
         )
@@ -65,19 +83,17 @@ def convert(
         found.calibrate(good, quiet=quiet)
     if to is not None:
         differs = save(found, output, to)
-        typer.echo(f"wrote {output}")
+        say(f"wrote {output}")
         for sentence in differs:
-            typer.echo(f"differs there: {sentence}")
+            say(f"differs there: {sentence}")
     else:
         found.save(output)
         scorer = found.scorer
         padding = f", padded for {scorer.backbone.padded_for} pixels" if scorer.backbone.padded_for else ""
         height, width = scorer.model.feature_size
-        typer.echo(
-            f"wrote {output}: {found.backbone_name}{padding}, {height} x {width} tokens, {found.image_size} pixels"
-        )
+        say(f"wrote {output}: {found.backbone_name}{padding}, {height} x {width} tokens, {found.image_size} pixels")
         if found.is_calibrated:
-            typer.echo(f"threshold {found.calibration.threshold:.4f}")
+            say(f"threshold {found.calibration.threshold:.4f}")
         else:
-            typer.echo("it has no threshold: give good images with --good, or score with --threshold")
-    exit_if_unreadable(found.unreadable)
+            say("it has no threshold: give good images with --good, or score with --threshold")
+    finish(found.unreadable)

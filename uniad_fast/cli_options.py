@@ -1,5 +1,13 @@
-"""What the commands of the command line share: options, and how errors end."""
+"""What the commands of the command line share: options, how they speak, and how they end.
 
+Exit codes: 0 all good; 1 `score` found something defective; 2 the command could not be done, or was wrong; 3 it was
+done, but some images could not be read; 70 a fault of this program; 128 + n a signal n.
+"""
+
+import contextlib
+import signal
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -7,8 +15,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-ERROR = 2
-_USER_ERRORS = (OSError, ValueError)  # every error class of the package is a ValueError
+from .errors import UniadFastError
+from .printable import printable_lines
+from .signals import Stopped, noted
+
+DEFECTIVE, ERROR, INCOMPLETE, FAULT, SIGNAL = 1, 2, 3, 70, 128
+_LISTED = 20
+_REPORT = "This is a fault of uniad_fast, not of yours: please report it with the lines above."
 
 RecipeName = Literal["fast", "paper"]
 ImageScore = Literal["max", "mean", "std"]
@@ -18,40 +31,100 @@ DataArgument = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="A folder of classes (CLASS/train/good, CLASS/test/..., CLASS/ground_truth/...), a folder of good "
-        "images, a metadata file (.json, .jsonl, VisA's .csv), or elpv.",
+        help="A folder of classes (CLASS/train/good, CLASS/test/..., CLASS/ground_truth/... and others, see "
+        "docs/data.md), a folder of good images, a metadata file (.json, .jsonl, VisA's .csv), or elpv.",
     ),
 ]
 ImageRoot = Annotated[Path | None, typer.Option(help="Folder that paths in a metadata file start from.")]
+AllGood = Annotated[
+    bool, typer.Option("--all-good", help="Every image in the folder is good, whatever its folders are called.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
 CacheDirectory = Annotated[
     Path | None, typer.Option("--cache", help="Folder for extracted features. Default: the user's cache.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Images at a time.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of everything that is drawn.")]
+FalseAlarmRate = Annotated[float, typer.Option(help="Share of good images that may be called defective.")]
+
+
+def _allow_pixels(pixels: int | None) -> int | None:
+    if pixels is not None:
+        from .images import allow_pixels
+
+        allow_pixels(pixels)
+    return pixels
+
+
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(min=1, callback=_allow_pixels, help="Largest image to read, in pixels. Default: 178,956,970."),
+]
+
+
+def say(text: object, err: bool = False) -> None:
+    """Print, with whatever a terminal might obey written as an escape sequence. A reader that has left is no error."""
+    with contextlib.suppress(BrokenPipeError):
+        typer.echo(printable_lines(text), err=err)
+
+
+def finish(unreadable: Sequence[str], code: int = 0) -> None:
+    """End a command that is done: list what could not be read, and exit with `INCOMPLETE` if there is any."""
+    list_problems("left out", unreadable)
+    raise typer.Exit(INCOMPLETE if unreadable else code)
+
+
+def list_problems(what: str, messages: Sequence[str]) -> None:
+    """Print a line for each message on stderr, up to a number."""
+    for message in messages[:_LISTED]:
+        say(f"{what}: {message}", err=True)
+    if len(messages) > _LISTED:
+        say(f"... and {len(messages) - _LISTED} more {what}", err=True)
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """User errors become one message and exit code 2; Ctrl-C becomes 130."""
+    """The command with errors as messages and exit codes, see the module."""
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
-        except typer.Exit:
+            with noted():
+                command(*args, **kwargs)
+        except (typer.Exit, typer.Abort):
             raise
+        except Stopped as stopped:
+            say(stopped, err=True)
+            raise typer.Exit(SIGNAL + stopped.number) from None
         except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from None
-        except _USER_ERRORS as error:
-            typer.echo(f"error: {error}", err=True)
+            say("interrupted", err=True)
+            raise typer.Exit(SIGNAL + signal.SIGINT) from None
+        except BrokenPipeError:
             raise typer.Exit(ERROR) from None
+        except (UniadFastError, OSError) as error:
+            say(f"error: {error}", err=True)
+            raise typer.Exit(ERROR) from None
+        except Exception as error:
+            if _is_out_of_memory(error):
+                say(f"error: out of memory ({error}): try a smaller --batch-size or --image-size", err=True)
+                raise typer.Exit(ERROR) from None
+            say(traceback.format_exc(), err=True)
+            say(_REPORT, err=True)
+            raise typer.Exit(FAULT) from None
 
     return wrapped
 
 
-def exit_if_unreadable(messages: Sequence[str]) -> None:
-    for message in messages:
-        typer.echo(f"left out: {message}", err=True)
-    if messages:
-        raise typer.Exit(ERROR)
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    return (
+        torch is not None
+        and isinstance(error, (torch.OutOfMemoryError, RuntimeError))
+        and (
+            isinstance(error, torch.OutOfMemoryError)
+            or "not enough memory" in str(error)
+            or "can't allocate memory" in str(error)
+        )
+    )

@@ -7,6 +7,7 @@ from .detector import AnomalyDetector
 from .evaluation import Evaluation
 from .heatmap import heat_map
 from .images import read_image
+from .printable import file_name
 from .report import write_png
 
 _PICTURES = 8
@@ -25,7 +26,9 @@ def picture_most_defective(detector: AnomalyDetector, evaluation: Evaluation, di
             detector.predict(sample.path).anomaly_map,
             detector.calibration.color_range,
         )
-        pictures.append(write_png(picture, directory / f"{rank:02}-{sample.class_name}-{sample.path.stem}.png"))
+        pictures.append(
+            write_png(picture, directory / f"{rank:02}-{file_name(f'{sample.class_name}-{sample.path.stem}')}.png")
+        )
     return pictures
 
 

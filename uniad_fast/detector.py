@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,20 +17,25 @@ from torch import Tensor
 
 from . import scoring
 from .architecture import PAPER_ARCHITECTURE, Architecture, build_model
-from .backbone import Backbone
+from .backbone import Backbone, usable_device
 from .bundle import BundleError, read_bundle, write_bundle
 from .calibration import Calibration, calibrate, fit_score
-from .data import DataError, Dataset, Sample, hold_out, load_dataset
+from .data import DataError, Dataset, Sample, hold_out
+from .datasets import load_dataset
+from .errors import UniadFastError
 from .features import Features, cached_features
 from .images import ImageLike, as_image, to_tensor
+from .impls import check_impl
 from .model import UniAD
+from .printable import printable, printable_lines
 from .public_config import read_config
 from .recipes import RECIPES, Recipe
 from .scoring import Scorer
-from .state_dicts import check_state_dict, part_of
-from .training import channel_statistics, seeded_generators, train
+from .state_dicts import StateDict, check_state_dict, part_of
+from .training import Diverged, channel_statistics, seeded_generators, train
 
 _BATCH = 32
+_SMALLEST, _LARGEST = 32, 4096  # pixels a side
 _FEATURES = "backbone.features."
 _NOT_CALIBRATED = "this detector has no threshold: call calibrate() with good images"
 _NOT_TRAINED = "this detector is not trained: call fit(), or AnomalyDetector.load()"
@@ -72,7 +78,7 @@ class AnomalyDetector:
         cache_dir: where features are kept, see `uniad_fast.features`.
 
     Raises:
-        ValueError: an argument is out of range.
+        UniadFastError: an argument is out of range, or there is no such device.
     """
 
     def __init__(
@@ -95,19 +101,24 @@ class AnomalyDetector:
     ) -> None:
         if isinstance(recipe, str):
             if recipe not in RECIPES:
-                raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+                raise UniadFastError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
             recipe = RECIPES[recipe]
         score = score or recipe.score
         if score not in scoring.SCORES:
-            raise ValueError(f"score must be one of {', '.join(scoring.SCORES)}, got {score!r}")
+            raise UniadFastError(f"score must be one of {', '.join(scoring.SCORES)}, got {score!r}")
         if image_score not in scoring.IMAGE_SCORES:
-            raise ValueError(f"image_score must be one of {', '.join(scoring.IMAGE_SCORES)}, got {image_score!r}")
-        if not 0 < false_alarm_rate < 1:
-            raise ValueError(f"false_alarm_rate must be in (0, 1), got {false_alarm_rate}")
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out must be in (0, 1), got {held_out}")
-        if image_size < 32:
-            raise ValueError(f"image_size must be at least 32 pixels, got {image_size}")
+            raise UniadFastError(f"image_score must be one of {', '.join(scoring.IMAGE_SCORES)}, got {image_score!r}")
+        for name, share in (("false_alarm_rate", false_alarm_rate), ("held_out", held_out)):
+            if not isinstance(share, (int, float)) or not 0 < share < 1:
+                raise UniadFastError(f"{name} must be in (0, 1), got {share!r}")
+        if not _is_int(image_size) or not _SMALLEST <= image_size <= _LARGEST:
+            raise UniadFastError(f"image_size must be from {_SMALLEST} to {_LARGEST} pixels, got {image_size!r}")
+        if not _is_int(seed) or not 0 <= seed < 2**63:
+            raise UniadFastError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
+        if not isinstance(backbone, str):
+            raise UniadFastError(f"backbone must be the name of a timm model, got {backbone!r}")
+        if out_indices is not None and not all(_is_int(level) and level >= 0 for level in out_indices):
+            raise UniadFastError(f"out_indices must be feature levels, got {out_indices!r}")
         self.backbone_name = backbone
         self.image_size = image_size
         self.backbone_weights = backbone_weights
@@ -119,17 +130,20 @@ class AnomalyDetector:
         self.false_alarm_rate = false_alarm_rate
         self.held_out = held_out
         self.seed = seed
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = usable_device(device)
         self.impl = impl
         self.cache_dir = cache_dir
         self.unreadable: list[str] = []
-        """Images that `fit` left out, one message each."""
+        """Images that `fit` or `calibrate` left out, one message each."""
+        self.notes: list[str] = []
+        """Remarks on images that they did not see quite as they are."""
         self._scorer: Scorer | None = None
         self._calibration: Calibration | None = None
         self.classes: list[str] = []
         """Names of the classes it was trained on."""
         self._training_log = ""
         self._normalization: tuple[Sequence[float], Sequence[float]] | None = None
+        self._stride: int | None = None
 
     @classmethod
     def from_config(cls, config: str | os.PathLike | Mapping[str, Any], **options: Any) -> "AnomalyDetector":
@@ -149,9 +163,11 @@ class AnomalyDetector:
             "out_indices": read.out_indices,
             "recipe": read.recipe,
             "architecture": read.architecture,
+            "image_score": read.image_score,
         }
         detector = cls(**(said | options))
         detector._normalization = (read.mean, read.std)
+        detector._stride = read.stride
         return detector
 
     @classmethod
@@ -184,7 +200,9 @@ class AnomalyDetector:
 
         Raises:
             DataError: fewer than two readable good images.
-            ResumeError: the checkpoint is of another run.
+            ResumeError: the checkpoint is damaged or of another run.
+            Diverged: the loss is not finite any more; names the images of the batch where that was seen.
+            UniadFastError: no finite threshold comes out.
         """
         samples = _good_samples(data)
         if len(samples) < 2:
@@ -192,13 +210,16 @@ class AnomalyDetector:
         kept, held_out = hold_out(samples, self.held_out, self.seed)
         if not held_out:  # classes of one image each
             kept, held_out = kept[:-1], kept[-1:]
-        backbone = Backbone.pretrained(self.backbone_name, self.image_size, self.backbone_weights, self.out_indices)
+        backbone = Backbone.pretrained(
+            self.backbone_name, self.image_size, self.backbone_weights, self.out_indices, self._stride
+        )
         if self._normalization:
             backbone.normalize_by(*self._normalization)
         backbone.to(self.device)
         good = self._features(backbone, kept, "features of good images", quiet)
         unseen = self._features(backbone, held_out, "features of held-out good images", quiet)
         self.unreadable = good.unreadable + unseen.unreadable
+        self.notes = good.notes + unseen.notes
         if not len(good.tokens) or not len(unseen.tokens):
             raise DataError(
                 f"training needs at least two readable good images, of {len(samples)} listed "
@@ -209,24 +230,33 @@ class AnomalyDetector:
         if self.recipe.standardize:
             scorer.mean, scorer.std = channel_statistics(good.tokens)
         scorer.to(self.device)
-        run = {"features": good.key, "image_size": self.image_size}
+        run = {
+            "features": good.key,
+            "image_size": self.image_size,
+            "architecture": dataclasses.asdict(self.architecture),
+        }
         with contextlib.ExitStack() as stack:
             directory = Path(work_dir or stack.enter_context(tempfile.TemporaryDirectory()))
-            train(
-                scorer.model,
-                good.tokens,
-                self.recipe,
-                self.seed,
-                scorer.mean,
-                scorer.std,
-                directory,
-                run,
-                resume=resume,
-                checkpoint_seconds=checkpoint_seconds,
-                quiet=quiet,
-                validation=unseen.tokens,
-            )
-            self._training_log = (directory / "log.csv").read_text()
+            try:
+                train(
+                    scorer.model,
+                    good.tokens,
+                    self.recipe,
+                    self.seed,
+                    scorer.mean,
+                    scorer.std,
+                    directory,
+                    run,
+                    resume=resume,
+                    checkpoint_seconds=checkpoint_seconds,
+                    quiet=quiet,
+                    validation=unseen.tokens,
+                )
+            except Diverged as error:
+                names = [printable(kept[good.used[row]].path) for row in error.rows]
+                error.args = (f"{error}, first on a batch of these images:" + "".join(f"\n  {n}" for n in names),)
+                raise
+            self._training_log = (directory / "log.csv").read_text(encoding="utf-8")
         self._scorer = scorer
         fit_score(scorer, good.tokens)
         self._calibration = calibrate(scorer, unseen.tokens, self.image_score, self.false_alarm_rate)
@@ -243,9 +273,10 @@ class AnomalyDetector:
 
         Raises:
             DataError: no readable image.
+            UniadFastError: a score is not finite.
         """
         unseen = self._features(self.scorer.backbone, _good_samples(data), "features of good images", quiet)
-        self.unreadable = unseen.unreadable
+        self.unreadable, self.notes = unseen.unreadable, unseen.notes
         if not len(unseen.tokens):
             raise DataError("calibration needs a readable good image" + "".join(f"\n  {m}" for m in self.unreadable))
         self._calibration = calibrate(self.scorer, unseen.tokens, self.image_score, self.false_alarm_rate)
@@ -282,7 +313,7 @@ class AnomalyDetector:
 
         Raises:
             UnreadableImage: a file can't be read.
-            ValueError: an array or tensor of another shape.
+            UniadFastError: an array or tensor of another shape, or a score that is not finite.
         """
         if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
             return self.predict([images])[0]
@@ -290,16 +321,26 @@ class AnomalyDetector:
         for start in range(0, len(images), _BATCH):
             batch = [to_tensor(as_image(image), self.image_size) for image in images[start : start + _BATCH]]
             predictions += self.predict_tensors(torch.stack(batch))
+        for number, prediction in enumerate(predictions):
+            if not math.isfinite(prediction.score):
+                raise UniadFastError(f"the score of image {number} is {prediction.score}: no label can be given to it")
         return predictions
 
     def predict_tensors(self, images: Tensor) -> list[Prediction]:
-        """Score a batch [B, 3, image_size, image_size] in [0, 1] that is ready for the backbone."""
+        """Score a batch [B, 3, image_size, image_size] in [0, 1] that is ready for the backbone.
+
+        A score that is not finite has the label None: it is neither good nor defective, and for the caller to refuse.
+        """
         maps = self.scorer(images)
         scores = scoring.image_scores(maps, self.image_score).tolist()
         return [
-            Prediction(score, score > self.calibration.threshold if self.is_calibrated else None, one)
-            for score, one in zip(scores, maps.cpu().numpy(), strict=True)
+            Prediction(score, self._label(score), one) for score, one in zip(scores, maps.cpu().numpy(), strict=True)
         ]
+
+    def _label(self, score: float) -> bool | None:
+        if not self.is_calibrated or not math.isfinite(score):
+            return None
+        return score > self.calibration.threshold
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write a bundle: everything that `load` needs, the backbone too. Replaces a bundle, never another folder.
@@ -313,6 +354,7 @@ class AnomalyDetector:
                 "name": scorer.backbone.name,
                 "out_indices": scorer.backbone.out_indices,
                 "padded_for": scorer.backbone.padded_for,
+                "stride": scorer.backbone.stride,
             },
             "architecture": dataclasses.asdict(self.architecture),
             "image_size": self.image_size,
@@ -335,40 +377,60 @@ class AnomalyDetector:
 
         Raises:
             BundleError: missing, damaged, or not a bundle; says what is wrong.
+            UniadFastError: there is no such device.
         """
+        usable_device(device)  # before a bundle is blamed
+        check_impl(impl)
         tensors, config = read_bundle(directory)
         try:
-            recipe = Recipe(**config["recipe"])
-            detector = cls(
-                config["backbone"]["name"],
-                config["image_size"],
-                out_indices=config["backbone"]["out_indices"],
-                recipe=recipe,
-                architecture=Architecture.from_json(config.get("architecture", {})),
-                score=config["score"],
-                image_score=config["image_score"],
-                false_alarm_rate=config["false_alarm_rate"],
-                held_out=config["held_out"],
-                seed=config["seed"],
-                device=device,
-                impl=impl,
-            )
-            backbone = Backbone.from_state(
-                detector.backbone_name,
-                detector.image_size,
-                detector.out_indices,
-                part_of(tensors, _FEATURES),
-                config["backbone"].get("padded_for"),
-            )
-            scorer = detector._new_scorer(backbone)
-            check_state_dict(tensors, scorer.state_dict(), "the bundle's tensors")
-            scorer.load_state_dict(tensors)
-            detector._scorer = scorer.to(detector.device).eval()
-            if config["calibration"] is not None:
-                detector._calibration = Calibration.from_json(config["calibration"])
-            detector.classes = list(config["classes"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise BundleError(f"{directory} is a damaged bundle: {type(error).__name__}: {error}") from error
+            return cls._from_bundle(tensors, config, device, impl)
+        except KeyError as error:
+            raise BundleError(f"{directory} is a damaged bundle: {error} is missing in its configuration") from error
+        except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+            raise BundleError(f"{directory} is a damaged bundle: {printable_lines(error)}") from error
+
+    @classmethod
+    def _from_bundle(
+        cls, tensors: StateDict, config: dict[str, Any], device: str | torch.device | None, impl: str | None
+    ) -> "AnomalyDetector":
+        detector = cls(
+            config["backbone"]["name"],
+            config["image_size"],
+            out_indices=config["backbone"]["out_indices"],
+            recipe=Recipe(**config["recipe"]),
+            architecture=Architecture.from_json(config["architecture"]),
+            score=config["score"],
+            image_score=config["image_score"],
+            false_alarm_rate=config["false_alarm_rate"],
+            held_out=config["held_out"],
+            seed=config["seed"],
+            device=device,
+            impl=impl,
+        )
+        padded_for = config["backbone"]["padded_for"]
+        if padded_for is not None and (not _is_int(padded_for) or not 1 <= padded_for <= _LARGEST):
+            raise UniadFastError(f"padded_for must be a side in pixels, got {padded_for!r}")
+        stride = config["backbone"]["stride"]
+        if not _is_int(stride) or not 1 <= stride <= detector.image_size:
+            raise UniadFastError(f"stride must be a number of pixels, got {stride!r}")
+        classes = config["classes"]
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise UniadFastError(f"classes must be a list of names, got {classes!r}")
+        backbone = Backbone.from_state(
+            detector.backbone_name,
+            detector.image_size,
+            detector.out_indices,
+            part_of(tensors, _FEATURES),
+            padded_for,
+            stride,
+        )
+        scorer = detector._new_scorer(backbone)
+        check_state_dict(tensors, scorer.state_dict(), "the bundle's tensors")
+        scorer.load_state_dict(tensors)
+        detector._scorer = scorer.to(detector.device).eval()
+        if config["calibration"] is not None:
+            detector._calibration = Calibration.from_json(config["calibration"])
+        detector.classes = classes
         return detector
 
     def _features(self, backbone: Backbone, samples: Sequence[Sample], description: str, quiet: bool) -> Features:
@@ -379,6 +441,10 @@ class AnomalyDetector:
         grid = backbone.grid(self.image_size)
         model = build_model(backbone.channels, backbone.stride, grid, self.recipe, self.impl, self.architecture)
         return Scorer(backbone, model, self.image_size, self.recipe.precision, self.score)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _good_samples(data: str | os.PathLike | Dataset | Sequence[str | os.PathLike]) -> list[Sample]:

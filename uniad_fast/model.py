@@ -14,6 +14,7 @@ from .functional import jitter_project, size_pair
 from .initialize import initialize
 from .neighborhood import Size
 from .position import position_embedding
+from .printable import file_name
 from .reconstruction import Reconstructor
 from .submodules import apply_linear, is_plain
 from .transformer import Transformer
@@ -127,12 +128,14 @@ def save_reconstructions(
 
     Args:
         feature_rec: [B, C_org, H, W].
-        class_names, filenames: of the B images. DIR/KIND/IMAGE.png is written to save_dir/CLASS/KIND/IMAGE.npy.
+        class_names, filenames: of the B images. DIR/KIND/IMAGE.png is written to save_dir/CLASS/KIND/IMAGE.npy, where
+            names that are no file names are replaced (see `uniad_fast.printable.file_name`).
         save_dir: made if missing.
     """
     for class_name, filename, reconstruction in zip(class_names, filenames, feature_rec, strict=True):
         image = Path(filename)
-        target = Path(save_dir, class_name, image.parent.name, image.stem + ".npy")
+        kind = file_name(image.parent.name) if image.parent.name else ""
+        target = Path(save_dir, file_name(class_name), kind, file_name(image.stem) + ".npy")
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as partial, open(partial, "wb") as file:
             np.save(file, reconstruction.detach().float().cpu().numpy())

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import UniadFastError
 from .precision import computes_in_bfloat16
 from .recipes import Recipe
 
@@ -15,7 +16,7 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "l1
 def loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
     """(reconstruction, feature) -> scalar."""
     if recipe.loss not in _LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(_LOSSES)}, got {recipe.loss!r}")
+        raise UniadFastError(f"loss must be one of {', '.join(_LOSSES)}, got {recipe.loss!r}")
     return _LOSSES[recipe.loss]
 
 
@@ -23,15 +24,15 @@ def optimizer_name(recipe: Recipe, device: torch.device) -> str:
     """ "adamw" or "muon", whichever the recipe's word means on this device.
 
     Raises:
-        ValueError: another name, or Muon with a torch that has none.
+        UniadFastError: another name, or Muon with a torch that has none.
     """
     if recipe.optimizer not in ("adamw", "muon", "auto"):
-        raise ValueError(f"optimizer must be 'adamw', 'muon' or 'auto', got {recipe.optimizer!r}")
+        raise UniadFastError(f"optimizer must be 'adamw', 'muon' or 'auto', got {recipe.optimizer!r}")
     there = hasattr(torch.optim, "Muon")
     if recipe.optimizer == "auto":
         return "muon" if there and computes_in_bfloat16("auto", device) else "adamw"
     if recipe.optimizer == "muon" and not there:
-        raise ValueError(f"optimizer 'muon' needs torch 2.9 or newer, this is {torch.__version__}")
+        raise UniadFastError(f"optimizer 'muon' needs torch 2.9 or newer, this is {torch.__version__}")
     return recipe.optimizer
 
 
@@ -39,7 +40,7 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Those that a step steps, each with parameters of its own.
 
     Raises:
-        ValueError: see `optimizer_name`.
+        UniadFastError: see `optimizer_name`.
     """
     rate, decay = recipe.learning_rate, recipe.weight_decay
 
@@ -72,4 +73,4 @@ def scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int) -> t
     if recipe.schedule == "constant":
         rise = max(1, round(recipe.warmup * total))
         return schedulers.LinearLR(optimizer, start_factor=1 / rise, total_iters=rise)
-    raise ValueError(f"schedule must be 'step', 'one_cycle' or 'constant', got {recipe.schedule!r}")
+    raise UniadFastError(f"schedule must be 'step', 'one_cycle' or 'constant', got {recipe.schedule!r}")

@@ -5,6 +5,8 @@ from functools import lru_cache
 
 import torch
 
+from .errors import UniadFastError
+
 PRECISIONS = ("float32", "bfloat16", "auto")
 
 
@@ -17,10 +19,10 @@ def computes_in_bfloat16(precision: str, device: torch.device) -> bool:
     """Whether "auto" is bfloat16 on this device, as it is where that is the faster one; the others are what they say.
 
     Raises:
-        ValueError: another name.
+        UniadFastError: another name.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        raise UniadFastError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     return precision == "bfloat16" or (precision == "auto" and _multiplies_bfloat16(device.type))
 
 

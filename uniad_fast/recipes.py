@@ -2,6 +2,31 @@
 
 from dataclasses import dataclass, replace
 
+from .errors import UniadFastError
+
+_LARGE = 1e30  # beyond, float32 has nothing to compute with
+_RANGES: tuple[tuple[str, type, float, float], ...] = (
+    ("epochs", int, 0, 10**7),
+    ("min_steps", int, 0, 10**9),
+    ("batch_size", int, 1, 10**6),
+    ("patience", int, 0, 10**7),
+    ("learning_rate", float, 0, _LARGE),
+    ("weight_decay", float, 0, _LARGE),
+    ("clip", float, 1e-30, _LARGE),
+    ("warmup", float, 0, 1),
+    ("dropout", float, 0, 1 - 2**-16),
+    ("jitter_scale", float, 0, _LARGE),
+    ("jitter_prob", float, 0, 1),
+    ("query_std", float, 0, _LARGE),
+)
+_WORDS = {
+    "schedule": ("step", "one_cycle", "constant"),
+    "precision": ("float32", "bfloat16", "auto"),
+    "score": ("l2", "whitened", "relative"),
+    "optimizer": ("adamw", "muon", "auto"),
+    "loss": ("mse", "l1"),
+}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -27,6 +52,9 @@ class Recipe:
             `uniad_fast.scoring`.
         patience: training ends after so many epochs in which the loss on held-out good images has not fallen by a
             hundredth below its lowest; 0 goes on to the end.
+
+    Raises:
+        UniadFastError: a value is out of range, not finite or of another type.
     """
 
     name: str
@@ -49,6 +77,22 @@ class Recipe:
     loss: str = "mse"
     patience: int = 0
     zero_blocks: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed, lowest, highest in _RANGES:
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (whole if allowed is int else whole or isinstance(value, float)) or not lowest <= value <= highest:
+                kind = "an integer" if allowed is int else "a number"
+                raise UniadFastError(f"recipe: {name} must be {kind} from {lowest} to {highest}, got {value!r}")
+        if self.epochs == 0 and self.min_steps == 0:
+            raise UniadFastError("recipe: epochs and min_steps are both 0, which trains nothing")
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                raise UniadFastError(f"recipe: {name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
+        for name in ("standardize", "zero_blocks"):
+            if not isinstance(getattr(self, name), bool):
+                raise UniadFastError(f"recipe: {name} must be true or false, got {getattr(self, name)!r}")
 
     def with_epochs(self, epochs: int | None) -> "Recipe":
         """This recipe with exactly so many epochs; itself for None."""

@@ -1,17 +1,20 @@
 """Results for people and for programs: text tables, JSON, CSV, JSON lines, heat-map files."""
 
+import contextlib
 import csv
+import errno
 import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image
 
 from .evaluation import COLUMNS, Evaluation
 from .files import atomic_path
+from .printable import printable, table_cell
 
 SCORE_FIELDS = ("image", "score", "label", "threshold", "heat_map")
 
@@ -32,12 +35,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def evaluation_table(evaluation: Evaluation) -> str:
     """A row a class and their mean; columns that are defined nowhere are left out, with the reasons below."""
     columns = [column for column in COLUMNS if evaluation.mean[column] is not None]
-    rows = [*evaluation.by_class.items(), ("mean", evaluation.mean)]
     body = table(
         ["class", *(column.replace("_", " ") for column in columns)],
-        [[name, *(_figure(values[column]) for column in columns)] for name, values in rows],
+        [[printable(name), *(_figure(values[column]) for column in columns)] for name, values in _rows(evaluation)],
     )
-    notes = [f"{name}: {note}" for name, reasons in evaluation.notes.items() for note in reasons]
+    notes = [f"{printable(name)}: {note}" for name, reasons in evaluation.notes.items() for note in reasons]
     return "\n".join([body, *notes])
 
 
@@ -52,26 +54,58 @@ def write_evaluation(evaluation: Evaluation, directory: str | os.PathLike) -> li
         "images": len(evaluation.samples),
         "unreadable": evaluation.unreadable,
     }
-    rows = [{"class": name} | values for name, values in [*evaluation.by_class.items(), ("mean", evaluation.mean)]]
+    rows = [{"class": name} | values for name, values in _rows(evaluation)]
     scores = [
-        {"image": sample.path, "class": sample.class_name, "kind": sample.kind, "score": f"{score:.9g}"}
+        {"image": str(sample.path), "class": sample.class_name, "kind": sample.kind, "score": f"{score:.9g}"}
         for sample, score in zip(evaluation.samples, evaluation.scores, strict=True)
     ]
     return [
-        _write_text(directory / "metrics.json", json.dumps(content, indent=2) + "\n"),
+        _write_text(directory / "metrics.json", json.dumps(content, indent=2, allow_nan=False) + "\n"),
         _write_text(directory / "metrics.csv", _csv(["class", *COLUMNS], rows)),
         _write_text(directory / "scores.csv", _csv(["image", "class", "kind", "score"], scores)),
     ]
 
 
-def write_scores(rows: Sequence[Mapping[str, Any]], directory: str | os.PathLike) -> list[Path]:
-    """scores.csv and scores.jsonl, a row an image, fields as in `SCORE_FIELDS`."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    return [
-        _write_text(directory / "scores.csv", _csv(SCORE_FIELDS, rows)),
-        _write_text(directory / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows)),
-    ]
+class ScoreFiles:
+    """scores.csv and scores.jsonl being written, a row an image, fields as in `SCORE_FIELDS`.
+
+    They appear under their names, whole rows only, when the block ends, and also where it ends by an error: what was
+    scored by then is not lost.
+    """
+
+    def __init__(self, directory: str | os.PathLike) -> None:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.paths = [directory / "scores.csv", directory / "scores.jsonl"]
+        self._stack = contextlib.ExitStack()
+        self._files: list[IO[bytes]] = []
+
+    def __enter__(self) -> "ScoreFiles":
+        for path in self.paths:
+            partial = self._stack.enter_context(atomic_path(path))
+            self._files.append(self._stack.enter_context(open(partial, "wb", buffering=0)))
+        self._write(0, _csv_line(SCORE_FIELDS))
+        return self
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Write one image's row to both."""
+        self._write(0, _csv_line([row[name] for name in SCORE_FIELDS]))
+        self._write(1, json.dumps(dict(row), allow_nan=False) + "\n")
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()  # as without an error
+
+    def _write(self, number: int, text: str) -> None:
+        """All of the text, or nothing of it: a full disk leaves no half row."""
+        file, content = self._files[number], text.encode()
+        end = file.tell()
+        try:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.paths[number]))
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 def write_png(image: Image.Image, path: str | os.PathLike) -> Path:
@@ -84,11 +118,19 @@ def write_png(image: Image.Image, path: str | os.PathLike) -> Path:
 
 
 def _csv(header: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    return _csv_line(header) + "".join(_csv_line([row[name] for name in header]) for row in rows)
+
+
+def _csv_line(cells: Sequence[Any]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, header, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="\n").writerow([table_cell(cell) for cell in cells])
     return text.getvalue()
+
+
+def _rows(evaluation: Evaluation) -> list[tuple[str, dict[str, float | None]]]:
+    """The classes', then their mean's, under a name that no class has."""
+    mean = "mean" if "mean" not in evaluation.by_class else "mean over classes"
+    return [*evaluation.by_class.items(), (mean, evaluation.mean)]
 
 
 def _write_text(path: Path, text: str) -> Path:

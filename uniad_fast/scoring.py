@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import Backbone
+from .errors import UniadFastError
 from .precision import autocast
 from .reconstruction import Reconstructor
 
@@ -45,7 +46,7 @@ class Scorer(nn.Module):
     def __init__(self, backbone: Backbone, model: Reconstructor, image_size: int, precision: str, score: str) -> None:
         super().__init__()
         if score not in SCORES:
-            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+            raise UniadFastError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
         self.score = score
         self.backbone = backbone
         self.model = model
@@ -129,4 +130,4 @@ def image_scores(maps: Tensor, kind: str) -> Tensor:
         return maps.mean(dim=(1, 2))
     if kind == "std":
         return maps.flatten(1).std(dim=1)
-    raise ValueError(f"image_score must be one of {', '.join(IMAGE_SCORES)}, got {kind!r}")
+    raise UniadFastError(f"image_score must be one of {', '.join(IMAGE_SCORES)}, got {kind!r}")

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import UniadFastError
+from .printable import printable
+
 StateDict = dict[str, Tensor]
 
 
-class WeightsError(ValueError):
+class WeightsError(UniadFastError):
     """A weight file that can't be read, or does not fit the model it is meant for."""
 
 
@@ -30,7 +33,7 @@ class _Inert:
 
 
 class _InertMapping:
-    """The same for mappings: torch sets items of its own few kinds of mapping alone, and this gives it one."""
+    """The same for mappings, whose items are kept: torch sets them in its own few kinds of mapping alone."""
 
     def __new__(cls, *_: Any) -> Any:
         return OrderedDict()
@@ -46,10 +49,19 @@ _BESIDE_THE_WEIGHTS: list[Any] = [
     (_Inert, "numpy.dtype"),
 ]
 _WRAPPERS = ("state_dict", "net", "model")
+_LISTED = 40  # problems of a state dict
 
 
 def read_state_dict(path: str | os.PathLike) -> StateDict:
+    """The tensors of a weight file, see `read_checkpoint`."""
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path: str | os.PathLike) -> tuple[StateDict, Any]:
     """The tensors of a .safetensors file or of a torch file (.pth, .pt, .pth.tar, ...); nothing is unpickled.
+
+    With them, what the file has under "arch" beside them, where the public UniAD code stores its networks' description:
+    plain values, or None.
 
     A state dict one level down, under "state_dict", "net" or "model", is found there; the prefix "module." of
     distributed training is taken off.
@@ -71,14 +83,19 @@ def read_state_dict(path: str | os.PathLike) -> StateDict:
         raise WeightsError(f"no weight file at {path}") from None
     except Exception as error:  # both readers raise many kinds, and none may end in a traceback for a bad file
         raise WeightsError(f"{path} is not a weight file that can be read safely: {_reason(error)}") from error
+    stored = content.get("arch") if isinstance(content, Mapping) else None
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
-    if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()) or not content:
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(name, str) and isinstance(t, Tensor) for name, t in content.items())
+    ):
         raise WeightsError(f"{path} does not hold a dict of tensors")
     prefix = "module." if all(name.startswith("module.") for name in content) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    return {name.removeprefix(prefix): tensor for name, tensor in content.items()}, stored
 
 
 def part_of(state: StateDict, prefix: str) -> StateDict:
@@ -90,23 +107,31 @@ def _reason(error: Exception) -> str:
     """Why a reader refused a file, without torch's advice to read it unsafely."""
     text = str(error)
     if refused := re.search(r"GLOBAL (\S+)", text):
-        return f"it asks for {refused[1]}, which is not a tensor and is not loaded"
+        return f"it asks for {printable(refused[1])}, which is not a tensor and is not loaded"
     lines = text.partition("WeightsUnpickler error:")[2].split("\n") if "WeightsUnpickler" in text else text.split("\n")
-    return next((line.strip() for line in lines if line.strip()), type(error).__name__)
+    return printable(next((line.strip() for line in lines if line.strip()), type(error).__name__))
 
 
 def check_state_dict(given: StateDict, wanted: StateDict, what: str) -> None:
-    """WeightsError that lists every missing, unexpected and misshapen tensor, if there is one."""
+    """WeightsError that lists what is missing, unexpected, misshapen, of another kind or not finite, if anything is."""
     problems = [f"missing {name} {tuple(wanted[name].shape)}" for name in wanted.keys() - given.keys()]
-    problems += [f"unexpected {name} {tuple(given[name].shape)}" for name in given.keys() - wanted.keys()]
-    problems += [
-        f"{name} is {tuple(given[name].shape)}, expected {tuple(wanted[name].shape)}"
-        for name in given.keys() & wanted.keys()
-        if given[name].shape != wanted[name].shape
-    ]
+    problems += [f"unexpected {printable(name)} {tuple(given[name].shape)}" for name in given.keys() - wanted.keys()]
+    for name in given.keys() & wanted.keys():
+        ours, theirs = wanted[name], given[name]
+        if theirs.shape != ours.shape:
+            problems.append(f"{name} is {tuple(theirs.shape)}, expected {tuple(ours.shape)}")
+        elif (
+            theirs.is_floating_point() != ours.is_floating_point()
+            or theirs.is_complex()
+            or theirs.layout != ours.layout
+        ):
+            problems.append(f"{name} is {theirs.dtype}, expected {ours.dtype}")
+        elif theirs.is_floating_point() and not theirs.is_meta and not theirs.isfinite().all():
+            problems.append(f"{name} is not finite")
     if problems:
-        listed = "\n  ".join(sorted(problems))
-        raise WeightsError(f"{what} do not fit, {len(problems)} tensors:\n  {listed}")
+        listed = "\n  ".join(sorted(problems)[:_LISTED])
+        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise WeightsError(f"{what} do not fit, {len(problems)} tensors:\n  {listed}{more}")
 
 
 def packaged_backbone_weights(backbone: str) -> Path | None:

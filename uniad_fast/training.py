@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import optimization
+from .errors import UniadFastError
 from .files import atomic_path
 from .precision import autocast, computes_in_bfloat16
 from .progress import progress
 from .recipes import Recipe
 from .reconstruction import Reconstructor
+from .signals import asked_to_stop, stop_if_asked
 
 LOG_FIELDS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "seconds")
 _LOG_EVERY = 10
@@ -29,8 +31,16 @@ _VALIDATED_AT_A_TIME = 64
 _WORTH_WAITING_FOR = 0.01
 
 
-class ResumeError(ValueError):
-    """There is no checkpoint to resume from, or it belongs to another run."""
+class ResumeError(UniadFastError):
+    """A run can't be gone on with: its checkpoint or log is damaged, or it belongs to another run."""
+
+
+class Diverged(UniadFastError):
+    """The loss is not finite any more. `rows`: of the training images in the batch where it was seen first."""
+
+    def __init__(self, step: int, loss: float, rows: list[int]) -> None:
+        super().__init__(f"training stopped at step {step}: the loss is {loss}")
+        self.rows = rows
 
 
 def channel_statistics(tokens: NDArray) -> tuple[Tensor, Tensor]:
@@ -43,6 +53,8 @@ def channel_statistics(tokens: NDArray) -> tuple[Tensor, Tensor]:
         squares += np.square(chunk).sum(axis=0)
         count += len(chunk)
     mean = total / count
+    if not (np.isfinite(mean).all() and np.isfinite(squares).all()):
+        raise UniadFastError("the features of the training images are not all finite")
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
     std[std < 1e-6 * (np.abs(mean) + 1e-6)] = 1
     return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
@@ -84,7 +96,9 @@ def train(
 
     Raises:
         ResumeError: the checkpoint is damaged or of another run; says what differs.
-        ValueError: the recipe has `patience`, and there is no image to watch.
+        Diverged: the loss is not finite; nothing of it is in a checkpoint.
+        Stopped: a signal asked for it (see `uniad_fast.signals`), after a step, with a checkpoint.
+        UniadFastError: the recipe has `patience`, and there is no image to watch.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -99,7 +113,7 @@ def train(
     run["optimizer"] = optimization.optimizer_name(recipe, device)
     mean, std = mean.to(device), std.to(device)
     if recipe.patience and (validation is None or not len(validation)):
-        raise ValueError(f"a recipe with patience {recipe.patience} needs held-out good images to watch")
+        raise UniadFastError(f"a recipe with patience {recipe.patience} needs held-out good images to watch")
     patience = Patience(recipe.patience)
 
     def validation_loss() -> float:
@@ -121,11 +135,13 @@ def train(
             saved = time.monotonic()
             while step < total and not patience.ended:
                 epoch, position = divmod(step, steps_per_epoch)
-                batch = _batch(tokens, epoch, position, recipe.batch_size, seed)
+                rows = _rows_of_batch(len(tokens), epoch, position, recipe.batch_size, seed)
+                batch = _batch(tokens, rows)
                 target = (batch.to(device) - mean) / std
                 with autocast(recipe.precision, device):
                     reconstruction = model.reconstruct(target)
                 loss = loss_of(reconstruction.float(), target)
+                log.check(step, loss, rows)
                 model.zero_grad(set_to_none=True)
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -146,19 +162,25 @@ def train(
                         with log.paused():
                             after_epoch(step // steps_per_epoch)
                     model.train()
-                if step == total or patience.ended or time.monotonic() - saved >= checkpoint_seconds:
+                asked = asked_to_stop()
+                if step == total or patience.ended or asked or time.monotonic() - saved >= checkpoint_seconds:
                     log.flush()
                     checkpoint.save(step)
                     saved = time.monotonic()
+                if step < total:
+                    stop_if_asked()
     model.eval()
     return step // steps_per_epoch
 
 
-def _batch(tokens: NDArray, epoch: int, position: int, batch_size: int, seed: int) -> Tensor:
-    """A batch of the epoch's own order, which depends on nothing but seed and epoch."""
-    order = np.random.default_rng((seed, epoch)).permutation(len(tokens))
-    rows = order[position * batch_size : (position + 1) * batch_size]
-    return torch.from_numpy(tokens[np.sort(rows)])
+def _rows_of_batch(images: int, epoch: int, position: int, batch_size: int, seed: int) -> NDArray:
+    """Rows of a batch of the epoch's own order, which depends on nothing but seed and epoch."""
+    order = np.random.default_rng((seed, epoch)).permutation(images)
+    return np.sort(order[position * batch_size : (position + 1) * batch_size])
+
+
+def _batch(tokens: NDArray, rows: NDArray) -> Tensor:
+    return torch.from_numpy(tokens[rows])
 
 
 @contextlib.contextmanager
@@ -185,7 +207,9 @@ class Patience:
         return 0 < self._epochs <= self._waited
 
     def see(self, loss: float) -> None:
-        """The loss after another epoch."""
+        """The loss after another epoch; UniadFastError if it is not finite."""
+        if not math.isfinite(loss):
+            raise UniadFastError(f"the loss on held-out good images is {loss}")
         if loss < (1 - _WORTH_WAITING_FOR) * self._lowest:
             self._lowest, self._waited = loss, 0
         else:
@@ -218,6 +242,8 @@ class _Checkpoint:
             self._parts |= dict(zip(names, pair, strict=True))
 
     def save(self, step: int) -> None:
+        if not all(parameter.isfinite().all() for parameter in self._parts["model"].parameters()):
+            raise UniadFastError(f"training stopped at step {step}: parameters are not finite any more")
         content = {name: part.state_dict() for name, part in self._parts.items()}
         content |= {"run": json.dumps(self._run), "step": step, "generator": torch.get_rng_state()}
         if torch.cuda.is_available():
@@ -238,12 +264,18 @@ class _Checkpoint:
         if differing:
             changes = "; ".join(f"{n}: was {run.get(n)}, is {self._run.get(n)}" for n in differing)
             raise ResumeError(f"{self._path} is the checkpoint of another run ({changes})")
-        for name, part in self._parts.items():
-            part.load_state_dict(content[name])
-        torch.set_rng_state(content["generator"])
-        if torch.cuda.is_available() and "cuda_generators" in content:
-            torch.cuda.set_rng_state_all(content["cuda_generators"])
-        return content["step"]
+        try:
+            for name, part in self._parts.items():
+                part.load_state_dict(content[name])
+            torch.set_rng_state(content["generator"])
+            if torch.cuda.is_available() and "cuda_generators" in content:
+                torch.cuda.set_rng_state_all(content["cuda_generators"])
+            step = content["step"]
+            if not isinstance(step, int) or step < 0:
+                raise ValueError(f"it is of step {step!r}")
+        except Exception as error:
+            raise ResumeError(f"{self._path} is a damaged checkpoint: {error}") from error
+        return step
 
 
 class _Log:
@@ -251,19 +283,25 @@ class _Log:
 
     def __init__(self, path: Path, keep_below: int) -> None:
         self._pending: list[tuple[int, int, Tensor, float, Tensor, float]] = []
+        self._rows: dict[int, NDArray] = {}
         self._started = time.monotonic()
         self.last_loss = float("nan")
         kept: list[dict[str, str]] = []
-        if keep_below and path.exists():
-            with open(path, newline="") as file:
-                kept = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) < keep_below]
+        if keep_below:
+            kept = _read_log(path, keep_below)
             self._started -= float(kept[-1]["seconds"]) if kept else 0
-        with atomic_path(path) as partial, open(partial, "w", newline="") as file:
+        with atomic_path(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, LOG_FIELDS)
             writer.writeheader()
             writer.writerows(kept)
-        self._file = open(path, "a", newline="")  # noqa: SIM115, closed by __exit__
+        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115, closed by __exit__
         self._writer = csv.writer(self._file)
+
+    def check(self, step: int, loss: Tensor, rows: NDArray) -> None:
+        """Diverged, as soon as looking costs nothing: at once on a CPU, elsewhere when the rows are written."""
+        self._rows[step] = rows
+        if loss.device.type == "cpu" and not math.isfinite(value := loss.item()):
+            raise Diverged(step, value, rows.tolist())
 
     def add(self, step: int, epoch: int, loss: Tensor, learning_rate: float, norm: Tensor) -> None:
         seconds = time.monotonic() - self._started
@@ -281,15 +319,41 @@ class _Log:
     def flush(self) -> None:
         for step, epoch, loss, learning_rate, norm, seconds in self._pending:
             self.last_loss = loss.item()
+            if not math.isfinite(self.last_loss):
+                self._pending.clear()
+                raise Diverged(step, self.last_loss, self._rows[step].tolist())
             self._writer.writerow(
                 [step, epoch, f"{self.last_loss:.6g}", f"{learning_rate:.6g}", f"{norm.item():.6g}", f"{seconds:.2f}"]
             )
         self._pending.clear()
+        self._rows.clear()
         self._file.flush()
 
     def __enter__(self) -> "_Log":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.flush()
-        self._file.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            if error is not Diverged:
+                self.flush()
+        finally:
+            self._file.close()
+
+
+def _read_log(path: Path, below: int) -> list[dict[str, str]]:
+    """The rows of a log before a step, of which there is one each.
+
+    Raises:
+        ResumeError: they are not all there, or the file is damaged.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [dict(zip(LOG_FIELDS, cells, strict=True)) for cells in csv.reader(file)][1:]
+        kept = [row for row in rows if int(row["step"]) < below]
+        if [int(row["step"]) for row in kept] != list(range(below)):
+            raise ValueError(f"it has {len(kept)} of {below} steps")
+        for name in ("loss", "seconds"):
+            [float(row[name]) for row in kept]
+    except (OSError, ValueError, csv.Error) as error:
+        raise ResumeError(f"{path}, the log beside the checkpoint, can't be gone on with: {error}") from None
+    return kept

@@ -20,9 +20,10 @@ from .efficientnet import has_public_names, native_size, public_names, recognize
 from .files import atomic_path
 from .model import UniAD
 from .neighborhood import Size
-from .public_config import PublicConfig, read_config
+from .printable import printable
+from .public_config import PublicConfig, check_stored_network, read_config
 from .recipes import PAPER
-from .state_dicts import StateDict, WeightsError, check_state_dict, part_of, read_state_dict
+from .state_dicts import StateDict, WeightsError, check_state_dict, part_of, read_checkpoint
 
 _PREFIXES = {
     "uniad": ("backbone.", "reconstruction."),
@@ -70,13 +71,15 @@ def load(
     """
     if Path(path).is_dir():
         return AnomalyDetector.load(path, device, impl)
-    state = read_state_dict(path)
+    state, stored = read_checkpoint(path)
     if has_public_names(state) or "conv_stem.weight" in state:
         name = backbone or recognize(state)
         return Backbone.from_state(name, image_size or native_size(name) or 224, None, state)
     layout = _layout_of(state, path)
     frozen_state, network = (part_of(state, prefix) for prefix in _PREFIXES[layout])
     said = read_config(config) if config is not None else None
+    if stored is not None:
+        check_stored_network(stored, path)
     architecture, channels, grid = read_architecture(network, nhead, neighbor_size)
     if said is not None:
         architecture = said.architecture
@@ -92,11 +95,13 @@ def load(
     side = image_size or grid[0] * _STRIDE
     if layout == "reconstruction":
         assert backbone is not None
-        frozen = Backbone.pretrained(backbone, side, backbone_weights, _levels(backbone, side, channels, said))
+        levels = _levels(backbone, side, channels, said)
+        frozen = Backbone.pretrained(backbone, side, backbone_weights, levels, _STRIDE)
     else:
         name = backbone or recognize(frozen_state)
         padded_for = native_size(name) if has_public_names(frozen_state) else None
-        frozen = Backbone.from_state(name, side, _levels(name, side, channels, said), frozen_state, padded_for)
+        levels = _levels(name, side, channels, said)
+        frozen = Backbone.from_state(name, side, levels, frozen_state, padded_for, _STRIDE)
     frozen.normalize_by(*((said.mean, said.std) if said else _IMAGENET))
     if frozen.grid(side) != grid:
         raise WeightsError(f"{path} has a grid of {grid}, but images of {side} pixels give {frozen.grid(side)}")
@@ -119,15 +124,20 @@ def save(detector: AnomalyDetector | UniAD, path: str | os.PathLike, layout: str
         What will differ there from here, a sentence each; empty if nothing does.
 
     Raises:
-        ValueError: unknown layout, or one that needs a backbone for a network that has none.
+        WeightsError: unknown layout, or one that needs a backbone for a network that has none; a file is there already.
     """
+    path = Path(path)
+    if path.exists():
+        raise WeightsError(f"{path} is there already, and is not overwritten: choose another name")
+    if not path.parent.is_dir():
+        raise WeightsError(f"{path.parent} is not a folder to write {path.name} to")
     if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        raise WeightsError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     backbone_prefix, prefix = _PREFIXES[layout]
     differs: list[str] = []
     if isinstance(detector, UniAD):
         if layout != "reconstruction":
-            raise ValueError(f"layout {layout!r} holds a backbone, and a UniAD has none: save an AnomalyDetector")
+            raise WeightsError(f"layout {layout!r} holds a backbone, and a UniAD has none: save an AnomalyDetector")
         state = dict(detector.state_dict())
     else:
         state = {f"{prefix}{name}": tensor for name, tensor in _unstandardized(detector).items()}
@@ -160,12 +170,12 @@ def _layout_of(state: StateDict, path: str | os.PathLike) -> str:
             if strangers:
                 raise WeightsError(
                     f"{path} has {len(strangers)} tensors that are neither the backbone's nor the network's:\n  "
-                    + "\n  ".join(f"unexpected {name} {tuple(state[name].shape)}" for name in strangers)
+                    + "\n  ".join(f"unexpected {printable(n)} {tuple(state[n].shape)}" for n in strangers[:40])
                 )
             return layout
     if "input_proj.weight" in state:
         return "reconstruction"
-    some = ", ".join(list(state)[:4])
+    some = ", ".join(map(printable, list(state)[:4]))
     raise WeightsError(
         f"{path} is of no known layout: it has neither backbone.* and reconstruction.* (the public UniAD), nor "
         f"net_backbone.* and net_ad.* (ADer), nor a UniAD network's or an EfficientNet's tensors, but {some}, ..."
@@ -173,13 +183,15 @@ def _layout_of(state: StateDict, path: str | os.PathLike) -> str:
 
 
 def _levels(name: str, image_size: int, channels: int, said: PublicConfig | None) -> tuple[int, ...]:
-    """The feature levels, up to the stride's, whose channels add up to those of the network."""
+    """The feature levels, one after the other, whose channels add up to those of the network."""
     if said is not None:
         return said.out_indices
-    stages = [stage for stage in stage_channels(name, image_size) if stage[1] <= _STRIDE]
-    for start in range(len(stages)):
-        if sum(count for _, _, count in stages[start:]) == channels:
-            return tuple(index for index, _, _ in stages[start:])
+    stages = stage_channels(name, image_size)
+    for end in range(len(stages), 0, -1):  # the CIFAR-10 configurations take the stage of stride 32 too
+        for start in range(end):
+            part = stages[start:end]
+            if part[-1][1] >= _STRIDE and sum(count for _, _, count in part) == channels:
+                return tuple(index for index, _, _ in part)
     counts = ", ".join(str(count) for _, _, count in stages)
     raise WeightsError(f"the network takes {channels} channels, which the stages of {name} ({counts}) do not add up to")
 

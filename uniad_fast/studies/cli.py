@@ -4,13 +4,13 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 
-from ..backbone import Backbone
-from ..cli_options import CacheDirectory, DataArgument, Device, ImageRoot, Quiet, exit_if_unreadable, reports_errors
-from ..data import load_dataset
+from ..backbone import Backbone, usable_device
+from ..cli_options import CacheDirectory, DataArgument, Device, ImageRoot, Quiet, Seed, finish, reports_errors, say
+from ..datasets import load_dataset
 from ..files import atomic_path
+from ..signals import Stopped
 from .data import StudyData
 from .digits import write_digits
 from .extra import require
@@ -57,19 +57,26 @@ def study(
     """
     started = time.monotonic()
     require("matplotlib")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = usable_device(device)
     frozen = Backbone.pretrained(backbone, image_size, backbone_weights).to(where)
     loaded = StudyData.load(load_dataset(data, image_root), frozen, image_size, cache, quiet)
     planned = plan(name, loaded, seeds, epochs, quick)
-    typer.echo(f"{name} on {loaded.name}: {len(planned.trials)} runs of {len(planned.systems)} systems")
+    say(f"{name} on {loaded.name}: {len(planned.trials)} runs of {len(planned.systems)} systems")
     try:
         rows = run_study(planned, loaded, output, where, quiet=quiet)
-    except KeyboardInterrupt:
-        typer.echo(f"what was done is in {output}: the same command goes on from there", err=True)
+    except Stopped:
+        say(f"what was done is in {output}: the same command goes on from there", err=True)
         raise
-    written = [output / "results.csv", output / "table.md"]
     if name == "shortcut":
         table = shortcut_table(rows, planned.systems)
+    else:
+        metric = DETECTION if image_score == "max" else DETECTION_BY_MEAN
+        table = time_table(rows, metric) if name == "time" else final_table(rows, planned.systems, metric)
+    with atomic_path(output / "table.md") as path:
+        path.write_text(table + "\n", encoding="utf-8")
+    written = [output / "results.csv", output / "table.md"]
+    say("\n" + table + "\n")
+    if name == "shortcut":
         curves = {"shortcut": ["unified"], "unified-separate": ["unified", "separate"]}
         if len(loaded.classes) == 1:
             del curves["unified-separate"]
@@ -77,16 +84,10 @@ def study(
             written.append(draw_curves(rows, planned.systems, settings, output / f"{file}.png", loaded.name))
         maps = draw_maps(rows, planned.systems, loaded, output / "maps.png", f"{loaded.name}: AUROC's best epoch, last")
         written += [maps] if maps else []
-    else:
-        metric = DETECTION if image_score == "max" else DETECTION_BY_MEAN
-        table = time_table(rows, metric) if name == "time" else final_table(rows, planned.systems, metric)
-    with atomic_path(output / "table.md") as path:
-        path.write_text(table + "\n")
-    typer.echo("\n" + table + "\n")
     for path in written:
-        typer.echo(f"wrote {path}")
-    typer.echo(f"took {(time.monotonic() - started) / 60:.1f} minutes")
-    exit_if_unreadable(loaded.unreadable)
+        say(f"wrote {path}")
+    say(f"took {(time.monotonic() - started) / 60:.1f} minutes")
+    finish(loaded.unreadable)
 
 
 @data_app.command()
@@ -96,12 +97,12 @@ def textures(
     train_images: Annotated[int, typer.Option(min=1, help="Good images to train on, for each class.")] = 48,
     good_images: Annotated[int, typer.Option(min=1, help="Good images to test on, for each class.")] = 16,
     defective_images: Annotated[int, typer.Option(min=1, help="For each class and kind of defect.")] = 4,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+    seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
     """Eight classes of textures and photographs with six kinds of painted defects and exact masks."""
     write_textures(output, train_images, good_images, defective_images, seed, quiet)
-    typer.echo(f"wrote {output}")
+    say(f"wrote {output}")
 
 
 @data_app.command()
@@ -109,8 +110,8 @@ def textures(
 def digits(
     output: Annotated[Path, typer.Argument(help="New folder, in MVTec AD's layout.")],
     normal: Annotated[str, typer.Option(help="The normal digits; the others are the anomalies.")] = "01234",
-    seed: Annotated[int, typer.Option(help="Of the split into training and test.")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Handwritten digits, five of them normal and five anomalous (after the paper's CIFAR-10 setting)."""
     write_digits(output, normal, seed)
-    typer.echo(f"wrote {output}")
+    say(f"wrote {output}")

@@ -1,5 +1,7 @@
 """What a study is made on: the features of a data set's training and test images, and the masks."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,8 @@ from numpy.typing import NDArray
 from ..backbone import Backbone
 from ..data import DataError, Dataset, Sample
 from ..features import cached_features
-from ..images import read_mask
+from ..files import sha256_of_file
+from ..images import list_images, read_mask
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class StudyData:
         train, test: samples that could be read.
         train_tokens, test_tokens: [images, N, C], row by row those of `train` and `test`.
         masks: bool [len(test), image_size, image_size], or None if some defective image has none.
-        key: what the training features are recognised by.
+        key: what everything above is recognised by: features, classes, labels and masks.
         unreadable: a message for each image that could not be read.
     """
 
@@ -66,7 +69,7 @@ class StudyData:
             good.tokens,
             tested.tokens,
             _masks(test_samples, image_size),
-            good.key,
+            f"{good.key}/{_key_of_tests(tested.key, train_samples, test_samples)}",
             good.unreadable + tested.unreadable,
         )
 
@@ -93,6 +96,15 @@ class StudyData:
         )
 
 
+def _key_of_tests(features: str, train: list[Sample], test: list[Sample]) -> str:
+    hashed = hashlib.sha256(features.encode())
+    for sample in (*train, *test):
+        masks = [] if sample.mask is None else list_images(sample.mask) if sample.mask.is_dir() else [sample.mask]
+        told = [sample.class_name, sample.kind, *(sha256_of_file(mask) for mask in masks)]
+        hashed.update(json.dumps(told).encode())
+    return hashed.hexdigest()[:16]
+
+
 def _check_classes(name: str, train: list[Sample], test: list[Sample]) -> None:
     tested = sorted({sample.class_name for sample in test})
     if not tested:
@@ -111,5 +123,5 @@ def _masks(samples: list[Sample], image_size: int) -> NDArray | None:
     masks = np.zeros((len(samples), image_size, image_size), dtype=bool)
     for row, sample in enumerate(samples):
         if sample.mask is not None:
-            masks[row] = read_mask(sample.mask, image_size)
+            masks[row] = read_mask(sample.mask, image_size, sample.path)
     return masks

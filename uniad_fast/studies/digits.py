@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..errors import UniadFastError
 from ..files import atomic_directory
 from .extra import require
 
@@ -32,14 +33,14 @@ def write_digits(directory: str | os.PathLike, normal: str = "01234", seed: int 
     Raises:
         MissingPackageError: scikit-learn is not installed.
         FileExistsError: there is something at `directory`.
-        ValueError: not some of the ten digits, but not all.
+        UniadFastError: not some of the ten digits, but not all.
     """
     require("sklearn")
     from sklearn.datasets import load_digits
 
     directory = Path(directory)
     if not (0 < len(set(normal)) < 10 and set(normal) <= set("0123456789") and len(set(normal)) == len(normal)):
-        raise ValueError(f"normal must be one to nine different digits, such as 01234, got {normal!r}")
+        raise UniadFastError(f"normal must be one to nine different digits, such as 01234, got {normal!r}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} is there already: choose another place")
     data = load_digits()

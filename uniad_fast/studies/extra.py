@@ -2,8 +2,12 @@
 
 from importlib.util import find_spec
 
+from ..errors import UniadFastError
 
-class MissingPackageError(ValueError):
+_PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
+
+
+class MissingPackageError(UniadFastError):
     """A package of the extra [study] is not installed."""
 
 
@@ -11,4 +15,5 @@ def require(*modules: str) -> None:
     """Raise `MissingPackageError` unless all of these can be imported."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise MissingPackageError(f"this needs {', '.join(missing)}: pip install 'uniad_fast[study]'")
+        packages = [_PACKAGES.get(name, name) for name in missing]
+        raise MissingPackageError(f"this needs {', '.join(missing)}: pip install {' '.join(packages)}")

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from ..errors import UniadFastError
 from ..files import atomic_path, locked
+from ..printable import table_cell
 from ..progress import progress
 from ..recipes import FAST, PAPER, Recipe
 from ..scoring import SCORES
@@ -69,12 +71,12 @@ def plan(name: str, data: StudyData, seeds: int = 3, epochs: int | None = None, 
             of an ablation the parts alone: to see it work, not to conclude.
 
     Raises:
-        ValueError: no such study, or not even one seed.
+        UniadFastError: no such study, or not even one seed.
     """
     if name not in STUDIES:
-        raise ValueError(f"study must be one of {', '.join(STUDIES)}, got {name!r}")
+        raise UniadFastError(f"study must be one of {', '.join(STUDIES)}, got {name!r}")
     if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+        raise UniadFastError(f"seeds must be at least 1, got {seeds}")
     seeds = 1 if quick else seeds
     recipe = SHORTCUT_RECIPE if name == "shortcut" else ABLATION_RECIPE if name == "ablation" else FAST
     recipe = _with_epochs(recipe, epochs, quick)
@@ -206,9 +208,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def write_rows(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
     """A CSV file of these columns, whole or not at all; floats with six digits, an empty field for None."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as partial, open(partial, "w", newline="") as file:
+    with atomic_path(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         for row in rows:
-            values = (row[name] for name in columns)
+            values = (table_cell(row[name]) for name in columns)
             writer.writerow([f"{v:.6g}" if isinstance(v, float) else "" if v is None else v for v in values])

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..architecture import Architecture, build_model, zero_blocks
 from ..baselines import CNN, MLP, PlainTransformer
+from ..errors import UniadFastError
 from ..neighborhood import Size
 from ..recipes import Recipe
 from ..reconstruction import Reconstructor
@@ -39,7 +40,7 @@ class System:
         """The network for a feature map.
 
         Raises:
-            ValueError: there is no such network, or an option is out of range.
+            UniadFastError: there is no such network, or an option is out of range.
         """
         if self.network == "uniad":
             architecture = Architecture(**self.options)
@@ -53,7 +54,7 @@ class System:
             if recipe.zero_blocks:
                 zero_blocks(plain)
             return plain
-        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
+        raise UniadFastError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
 
     def identity(self) -> dict[str, Any]:
         """What a finished run of it is recognised by (JSON values)."""

@@ -99,7 +99,7 @@ def time_table(rows: Sequence[Row], image_metric: str = DETECTION) -> str:
             cells = _time_cells("fast, its end", seed[-1], image_metric)
             for target in (best["l2"], best[score]):
                 reached = next((row for row in seed if row[image_metric] >= target[image_metric]), None)
-                gain = reached and f"{target['seconds'] / reached['seconds']:.0f}"
+                gain = reached and reached["seconds"] and f"{target['seconds'] / reached['seconds']:.0f}"
                 cells += [f"{reached['seconds']:.0f} s" if reached else "not reached", gain or ""]
             body.append(cells)
     return _markdown(header, body)

@@ -14,6 +14,7 @@ import torch
 from ..calibration import fit_score
 from ..files import atomic_path
 from ..metrics import detection_metrics
+from ..printable import file_name
 from ..recipes import Recipe
 from ..scoring import SCORES, Scorer, image_scores, to_maps
 from ..training import ResumeError, channel_statistics, seeded_generators, train
@@ -52,8 +53,10 @@ class Trial:
     @property
     def name(self) -> str:
         """A file name."""
-        words = [self.system.name, self.class_name or "unified", f"seed {self.seed}"]
-        return "-".join("".join(c if c.isalnum() or c == "." else "_" for c in word) for word in words)
+        words = [self.system.name, f"seed {self.seed}", "unified"]
+        if self.class_name is not None:
+            words[-1] = f"class {file_name(self.class_name)}"
+        return "-".join(word.replace(" ", "_") for word in words[:-1]) + f"-{words[-1]}"
 
     @property
     def setting(self) -> str:
@@ -107,7 +110,7 @@ def run_trial(
         return _read_finished(finished, identity)
     work_dir = directory / f"{trial.name}.training"
     measured_path = work_dir / "measured.json"
-    measured: dict[str, list[dict[str, Any]]] = json.loads(measured_path.read_text()) if measured_path.exists() else {}
+    measured = _read_measured(measured_path) if measured_path.exists() else {}
     recipe = trial.system.recipe(trial.recipe)
     backbone = data.backbone
     with seeded_generators(trial.seed, device):
@@ -120,7 +123,7 @@ def run_trial(
     def measure(epoch: int) -> None:
         measured[str(epoch)] = _measure(scorer, data, trial)
         with atomic_path(measured_path) as path:
-            path.write_text(json.dumps(measured))
+            path.write_text(json.dumps(measured, allow_nan=False), encoding="utf-8")
 
     def at_epoch(epoch: int) -> None:
         if trial.evaluates(epoch):
@@ -152,7 +155,7 @@ def run_trial(
         for row in found
     ]
     with atomic_path(finished) as path:
-        path.write_text(json.dumps({"identity": identity, "rows": rows}))
+        path.write_text(json.dumps({"identity": identity, "rows": rows}, allow_nan=False), encoding="utf-8")
     shutil.rmtree(work_dir)
     return rows
 
@@ -162,11 +165,23 @@ def _richest(scores: tuple[str, ...]) -> str:
     return max(scores, key=SCORES.index)
 
 
+def _read_measured(path: Path) -> dict[str, list[dict[str, Any]]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not all(int(epoch) > 0 and isinstance(found, list) for epoch, found in content.items()):
+            raise ValueError("not the evaluations by epoch")
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ResumeError(f"{path} is damaged ({error}): remove {path.parent} to run it again") from None
+    return content
+
+
 def _read_finished(path: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         was, rows = content["identity"], content["rows"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(was, dict) or not isinstance(rows, list):
+            raise ValueError("not a run")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ResumeError(f"{path} is damaged ({error}): remove it to run it again") from None
     differing = [f"{n}: was {was.get(n)}, is {identity[n]}" for n in identity if was.get(n) != identity[n]]
     if differing:
@@ -187,7 +202,9 @@ def _measure(scorer: Scorer, data: StudyData, trial: Trial) -> list[dict[str, An
         grid = torch.cat(grids[score])
         by_class = [_measure_class(data, grid, name) for name in data.classes]
         mean = {
-            name: None if by_class[0][name] is None else float(np.mean([row[name] for row in by_class]))
+            name: None
+            if any(row[name] is None for row in by_class)
+            else float(np.mean([row[name] for row in by_class]))
             for name in by_class[0]
         }
         pictures = {str(row): grid[row].tolist() for row in trial.pictured}
@@ -214,7 +231,7 @@ def _epochs_of_log(path: Path) -> tuple[dict[int, float], dict[int, float]]:
     """(mean loss, seconds of training until its end) by the number of the epoch, from 1."""
     losses: dict[int, list[float]] = {}
     seconds: dict[int, float] = {}
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             epoch = int(row["epoch"]) + 1
             losses.setdefault(epoch, []).append(float(row["loss"]))
