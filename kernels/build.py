@@ -2,14 +2,17 @@
 
 A library is named after everything that made it (sources, flags, compiler, torch, processor) and lives in torch's
 folder for extensions. It is built in a folder of its own and moved into place whole: processes that start together
-build twice at worst, and one that is killed leaves nothing that another waits for.
+build twice at worst, and one that is killed leaves nothing that another waits for. Its name ends in its
+own hash: one that was cut off or overwritten would kill the process that loads it, and is built anew instead.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,6 +37,8 @@ PATHS: dict[str | None, list[str]] = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "portable": [],
 }
+# Whatever reads or writes beside a tensor, or does what C++ leaves undefined, ends the process: for the tests.
+SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g")
 _HOW_TO = (
     "install a C++ compiler (g++ 11 or clang 14, or later; on Debian: apt-get install g++) and `pip install ninja`"
 )
@@ -44,14 +49,16 @@ class BuildError(RuntimeError):
     """The C++ kernels can't be compiled here. Says why, and what to do."""
 
 
-def load(path: str | None = None) -> ctypes.CDLL:
+def load(path: str | None = None, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The library of the kernels, compiled if this is the first time, for this processor or a named one of `PATHS`.
+
+    flags: more of the compiler's.
 
     Raises:
         BuildError: there is no compiler, or it fails.
     """
     with _lock:
-        return _load(path)
+        return _load(path, flags)
 
 
 @cache
@@ -72,44 +79,73 @@ def paths() -> list[str]:
 
 
 @cache
-def _load(path: str | None) -> ctypes.CDLL:
+def _load(path: str | None, flags: tuple[str, ...]) -> ctypes.CDLL:
     compiler = _compiler()
     made_of = hashlib.sha256()
     for file in (*SOURCES, *_HEADERS):
         made_of.update(file.read_bytes())
-    for text in (*_FLAGS, *PATHS[path], compiler, torch.__version__, _processor()):
+    for text in (*_FLAGS, *PATHS[path], *flags, compiler, torch.__version__, _processor()):
         made_of.update(text.encode() + b"\0")
-    library = _folder() / f"{path or 'native'}-{made_of.hexdigest()[:20]}.so"
-    if not library.exists():
-        _compile(library, [*_FLAGS, *PATHS[path]])
-    return ctypes.CDLL(str(library))
+    name = f"{path or 'native'}-{made_of.hexdigest()[:20]}"
+    library = _find(_folder(), name) or _compile(_folder(), name, [*_FLAGS, *PATHS[path], *flags])
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise BuildError(f"the compiled C++ kernels can't be loaded: {error}") from error
 
 
-def _compile(library: Path, flags: list[str]) -> None:
+def _find(folder: Path, name: str) -> Path | None:
+    """The library of that name that is what was compiled; one that is not is removed."""
+    for library in folder.glob(f"{name}-*.so"):
+        with contextlib.suppress(OSError):
+            if library.stem == f"{name}-{_hash(library)}":
+                return library
+            library.unlink()
+    return None
+
+
+def _hash(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:20]
+
+
+def _compile(into: Path, name: str, flags: list[str]) -> Path:
     # Its import warns of a CUDA toolkit without a GPU, which is none of this build's business.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils import cpp_extension
 
-    print(f"uniad_fast: compiling its CPU kernels, once on this machine, into {library.parent}", file=sys.stderr)
+    print(f"uniad_fast: compiling its CPU kernels, once on this machine, into {into}", file=sys.stderr)
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix="building-", dir=library.parent)
+        into.mkdir(parents=True, exist_ok=True)
+        _sweep(into)
+        folder = tempfile.mkdtemp(prefix=f"building-{os.getpid()}-", dir=into)
     except OSError as error:
-        raise BuildError(f"can't write into {library.parent}: {error}. Set TORCH_EXTENSIONS_DIR to a folder") from error
+        raise BuildError(f"can't write into {into}: {error}. Set TORCH_EXTENSIONS_DIR to a folder") from error
     try:
         with mock.patch.dict(os.environ, PATH=_search_path()):
             cpp_extension.load(
-                library.stem.replace("-", "_"),
+                name.replace("-", "_"),
                 [str(file) for file in SOURCES],
                 extra_cflags=flags,
+                extra_ldflags=[flag for flag in flags if flag.startswith("-fsanitize")],
                 build_directory=folder,
                 is_python_module=False,
             )
-        os.replace(next(Path(folder).glob("*.so")), library)
+        built = next(Path(folder).glob("*.so"))
+        library = into / f"{name}-{_hash(built)}.so"
+        os.replace(built, library)
+        return library
     except (RuntimeError, OSError, StopIteration) as error:
         raise BuildError(f"the C++ kernels do not compile: {error}\nTo have them, {_HOW_TO}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed builds have left."""
+    for left in folder.glob("building-*"):
+        pid = left.name.split("-")[1]
+        if pid.isdecimal() and Path("/proc/self").exists() and not Path("/proc", pid).exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _compiler() -> str:
@@ -118,10 +154,11 @@ def _compiler() -> str:
         raise BuildError(f"no ninja here to build the C++ kernels with: {_HOW_TO}")
     command = os.environ.get("CXX", "c++")
     try:
-        said = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
+        words = shlex.split(command)  # "ccache g++" is two
+        said = subprocess.run([*words, "--version"], capture_output=True, check=True).stdout
+    except (OSError, ValueError, IndexError, subprocess.CalledProcessError) as error:
         raise BuildError(f"no C++ compiler here ({command}: {error}): {_HOW_TO}") from error
-    return said.splitlines()[0]
+    return (said.decode(errors="replace").splitlines() or [command])[0]
 
 
 def _search_path() -> str:
@@ -131,8 +168,15 @@ def _search_path() -> str:
 
 def _folder() -> Path:
     """Where torch puts extensions on Linux, without importing what compiles them."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or caches / "torch_extensions") / "uniad_fast"
+    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(given) / "uniad_fast"
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # no home, and a user that the system does not know
+        raise BuildError(
+            f"no home folder to keep the compiled kernels in: set TORCH_EXTENSIONS_DIR ({error})"
+        ) from error
+    return caches / "torch_extensions" / "uniad_fast"
 
 
 @cache

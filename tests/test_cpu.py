@@ -185,6 +185,52 @@ def test_two_processes_may_build_at_once(tmp_path):
     assert [path.suffix for path in (tmp_path / "uniad_fast").iterdir()] == [".so"]
 
 
+@pytest.mark.parametrize("damage", ["truncated", "junk", "empty"])
+def test_a_damaged_library_is_built_anew(tmp_path, damage):
+    """Loading a truncated one is a bus error, in every run."""
+    folder = tmp_path / "uniad_fast"
+    environment = dict(TORCH_EXTENSIONS_DIR=str(tmp_path), CXX=str(stand_in_compiler(tmp_path)))
+    code = "from uniad_fast.kernels import build; build.load(); print('loaded')"
+    assert python(code, **environment).communicate()[0] == "loaded\n"
+    (library,) = folder.glob("*.so")
+    content = library.read_bytes()
+    library.write_bytes({"truncated": content[: len(content) // 2], "junk": b"junk" * 999, "empty": b""}[damage])
+    (folder / "building-999999999-abc").mkdir()
+    out, error = python(code, **environment).communicate()
+    assert out == "loaded\n" and "compiling its CPU kernels" in error, error
+    assert [path.read_bytes() for path in folder.iterdir()] == [content]
+    assert "compiling" not in python(code, **environment).communicate()[1]
+
+
+def stand_in_compiler(folder):
+    """Compiles nothing but an empty library, in no time."""
+    compiler = folder / "c++"
+    compiler.write_text(
+        "#!/bin/sh\n[ \"$1\" = --version ] && { echo 'g++ 12'; exit; }\n"
+        'for a in "$@"; do case "$last" in -o) out="$a";; -MF) touch "$a";; esac; last="$a"; done\n'
+        'case "$out" in *.so) echo "int x;" | exec gcc -shared -x c - -o "$out";; *) touch "$out";; esac\n'
+    )
+    compiler.chmod(0o755)
+    return compiler
+
+
+@pytest.mark.parametrize("says", ["", "\\377\\376", "g++ 12"])
+def test_what_a_compiler_says_of_itself(says, tmp_path, monkeypatch):
+    compiler = tmp_path / "my c++"
+    compiler.write_text(f"#!/bin/sh\nprintf '{says}'\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", f"'{compiler}' -pipe")  # with an argument, as "ccache g++" has one
+    assert build._compiler()
+
+
+def test_without_a_home_it_says_what_to_set(monkeypatch):
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(build.BuildError, match="TORCH_EXTENSIONS_DIR"):
+        build._folder()
+
+
 def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path):
     environment = dict(TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="/nonexistent/c++")
     out, error = python(ATTEND + "g(); g(); print(g().shape)", **environment).communicate()

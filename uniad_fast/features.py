@@ -176,8 +176,11 @@ class _PartialCache:
         self._row_bytes = 4 * shape[0] * shape[1]
         if self._rows_path.exists() and self._state_path.exists():
             state = _json(self._state_path)
-            # Rows that were written after the last note are cut off and extracted again; a damaged note starts anew.
-            if _is_state(state, images) and self._rows_path.stat().st_size >= len(state["used"]) * self._row_bytes:
+            # Rows that were written after the last note are cut off and extracted again; what is damaged starts anew.
+            if (
+                _is_state(state, images)
+                and _crc32(self._rows_path, self._row_bytes * len(state["used"])) == state["checksum"]
+            ):
                 self._state = state
         with open(self._rows_path, "ab") as file:
             file.truncate(len(self._state["used"]) * self._row_bytes)
@@ -204,7 +207,7 @@ class _PartialCache:
 
     def finish(self, rows_path: Path, info_path: Path, shape: tuple[int, int]) -> None:
         self._rows_path.replace(rows_path)
-        info = {"key": self._key, "images": self._images, "shape": [len(self._state["used"]), *shape]} | self._state
+        info = self._state | {"key": self._key, "images": self._images, "shape": [len(self._state["used"]), *shape]}
         with atomic_path(info_path) as path:
             path.write_text(json.dumps(info), encoding="utf-8")
         self._state_path.unlink(missing_ok=True)  # there is none of no images
@@ -213,13 +216,18 @@ class _PartialCache:
 def _is_state(state: Any, images: int) -> bool:
     """Whether `_PartialCache` could have written this down of so many images: each dealt with is used or has failed."""
     try:
-        used, failed = state["used"], [position for position, reason, passing in state["failed"] if reason != passing]
-        numbers = [*used, *failed, *(position for position, note in state["notes"] if len(note)), state["checksum"]]
+        used, failed, notes = state["used"], state["failed"], state["notes"]
+        positions = [*used, *(position for position, _, _ in failed)]
+        numbers = [*positions, *(position for position, _ in notes), state["checksum"], state["done"]]
+        texts = [*(reason for _, reason, _ in failed), *(note for _, note in notes)]
         return (
-            all(type(n) is int and n >= 0 for n in [*numbers, state["done"]])
+            all(type(n) is int and n >= 0 for n in numbers)
+            and all(isinstance(text, str) for text in texts)
+            and all(isinstance(passing, bool) for _, _, passing in failed)
+            and all(position < state["done"] for position, _ in notes)
             and used == sorted(used)
             and state["done"] <= images
-            and sorted([*used, *failed]) == list(range(state["done"]))
+            and sorted(positions) == list(range(state["done"]))
         )
     except (KeyError, TypeError, ValueError):
         return False
@@ -260,16 +268,20 @@ def _read_info(
         return None, "is missing"
     if rows_path.stat().st_size != size:
         return None, f"has {rows_path.stat().st_size} bytes instead of {size}"
-    if _crc32(rows_path) != info["checksum"]:
+    if _crc32(rows_path, size) != info["checksum"]:
         return None, "is damaged (its checksum does not match)"
     return info, ""
 
 
-def _crc32(path: Path) -> int:
+def _crc32(path: Path, size: int) -> int | None:
+    """Of the first `size` bytes of the file; None if it has fewer."""
     checksum = 0
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            checksum = zlib.crc32(chunk, checksum)
+        while size > 0:
+            chunk = file.read(min(size, 1 << 24))
+            if not chunk:
+                return None
+            checksum, size = zlib.crc32(chunk, checksum), size - len(chunk)
     return checksum
 
 

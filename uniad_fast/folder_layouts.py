@@ -51,6 +51,8 @@ _DEFECTS = frozenset(
 )
 _UNLABELLED = re.compile(r"test_private(_.*)?$")
 _MASK_STEM = re.compile(r"[_-](mask|gt|label|ground_truth)$", re.IGNORECASE)
+_NOT_GOOD = _TEST | _MASKS | _DEFECTS
+_MOST_FOLDERS = 10_000
 _SHARE_OF_TEST = 0.2  # of good images, where the layout brings no split
 
 
@@ -134,6 +136,7 @@ def _load_split(folder: Path, notes: list[str]) -> tuple[list[Sample], list[Samp
                 "or normal, so it may hold defects. If all of its images are good, give it by itself with --all-good"
             )
         for kind in good:
+            _refuse_if_mixed(_pictures(kind), folder)
             train += _images(_pictures(kind), kind, folder.name, GOOD, notes)
         for kind in kinds:
             if kind not in good and (count := len(find_images(kind).images)):
@@ -183,10 +186,11 @@ def _split_kinds(
 def _kind(kind: Path, folder: Path, masks: list[Path], notes: list[str]) -> list[Sample]:
     """The samples in the folder of one kind of image, with their masks."""
     name = GOOD if is_good(kind.name) else kind.name
-    samples = _images(_pictures(kind), kind, folder.name, name, notes)
+    pictures = _pictures(kind)
+    _refuse_if_mixed(pictures, folder)
+    samples = _images(pictures, kind, folder.name, name, notes)
     if name == GOOD:
         return samples
-    pictures = _pictures(kind)
     own = [] if pictures == kind else _named(kind, _MASKS)  # rgb and gt side by side
     finder = _MaskFinder(kind.name, own, masks)
     return [Sample(s.path, s.class_name, name, finder.find(s.path.relative_to(pictures))) for s in samples]
@@ -237,18 +241,9 @@ class _MaskFinder:
 
 def _refuse_if_doubtful(root: Path) -> None:
     """DataError if anything in this folder of good images looks like defects, tests or masks."""
-    words = _TEST | _MASKS | _DEFECTS
-    doubtful = [root] if root.name.lower() in words or _UNLABELLED.match(root.name.lower()) else []
-    pending = _folders(root)
-    seen = 0
-    while pending and seen < 10_000:
-        folder = pending.pop()
-        seen += 1
-        name = folder.name.lower()
-        if name in words | _TRAIN | _VALIDATION or _UNLABELLED.match(name):
-            doubtful.append(folder)
-        elif not folder.is_symlink():
-            pending += _folders(folder)
+    own = root.name.lower()
+    doubtful = [root] if own in _NOT_GOOD or _UNLABELLED.match(own) else []
+    doubtful += _doubtful_below(root)
     masks = [path for path in find_images(root).images if _MASK_STEM.search(path.stem)]
     good = [child for child in _folders(root) if is_good(child.name)]
     beside = [child for child in _folders(root) if child not in good] if good else []
@@ -261,6 +256,34 @@ def _refuse_if_doubtful(root: Path) -> None:
         f"{root} may hold more than good images: {'; '.join(reasons)}. It is in none of the layouts that are known "
         "(docs/data.md). Give the folder of good images itself, or, if every image in it is good, add --all-good"
     )
+
+
+def _refuse_if_mixed(pictures: Path, folder: Path) -> None:
+    """DataError if the folder of one kind of image holds folders of others, or parts of another layout."""
+    own = pictures.name.lower() in _DEFECTS
+    mixed = [p for p in _doubtful_below(pictures) if not (own and p.name.lower() in _DEFECTS)]
+    if not is_good(pictures.name) and pictures.name.lower() != "rgb":
+        mixed += [child for child in _folders(pictures) if is_good(child.name)]
+    if mixed:
+        raise DataError(
+            f"{_shown(pictures, folder)} should hold one kind of image, but in it lies "
+            f"{_listed(p.name for p in mixed)}: move that elsewhere"
+        )
+
+
+def _doubtful_below(folder: Path) -> list[Path]:
+    """Folders somewhere below whose names speak of something else than good images."""
+    doubtful: list[Path] = []
+    pending, seen = _folders(folder), 0
+    while pending and seen < _MOST_FOLDERS:
+        below = pending.pop()
+        seen += 1
+        name = below.name.lower()
+        if name in _NOT_GOOD | _TRAIN | _VALIDATION or _UNLABELLED.match(name):
+            doubtful.append(below)
+        elif not below.is_symlink():
+            pending += _folders(below)
+    return doubtful
 
 
 def _images(folder: Path, shown: Path, class_name: str, kind: str, notes: list[str]) -> list[Sample]:

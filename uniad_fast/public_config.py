@@ -96,7 +96,9 @@ def check_stored_network(stored: Any, path: str | os.PathLike) -> None:
 
 def _followed(config: Mapping[str, Any]) -> PublicConfig:
     parts = config["net"]
-    if not isinstance(parts, list) or not all(isinstance(part, Mapping) and "name" in part for part in parts):
+    if not isinstance(parts, list) or not all(
+        isinstance(part, Mapping) and isinstance(part.get("name"), str) for part in parts
+    ):
         raise ConfigError(f"net must be a list of networks with names, got {_short(parts)}")
     networks = {part["name"]: part for part in parts}
     backbone, out_indices = _backbone(_mapping("net", networks, "backbone"))

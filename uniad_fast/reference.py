@@ -3,6 +3,8 @@
 Halves are computed in float32 and rounded once at the end. B batch, N = height * width tokens.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,7 @@ def jitter_project(
     tokens [..., C_in], weight [C_out, C_in], bias [C_out] -> [..., C_out].
     """
     channels = tokens.shape[-1]
-    flat = _at_least_float32(tokens).reshape(-1, channels)
+    flat = _at_least_float32(tokens).reshape(math.prod(tokens.shape[:-1]), channels)
     normals = jitter_normals(seed, (flat.shape[0], channels), flat.dtype, flat.device)
     jittered = jittered_tokens(seed, flat.shape[0], prob, flat.device)
     deviation = scale / channels * torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
@@ -95,8 +97,8 @@ def _dropped(x: Tensor, dropout_p: float, seed: int | Tensor | None) -> Tensor:
     if dropout_p == 0:
         return x
     assert seed is not None
-    rows = x.reshape(-1, x.shape[-1])
-    keep = keep_mask(seed, (1, *rows.shape), dropout_p, x.device)
+    rows = math.prod(x.shape[:-1])
+    keep = keep_mask(seed, (1, rows, x.shape[-1]), dropout_p, x.device)
     return x * keep.view(x.shape) / (1 - dropout_p)
 
 
