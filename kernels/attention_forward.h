@@ -127,7 +127,8 @@ template <class Mode, class T> struct Forward {
       const vfloat total = load<vfloat>(state + GROUP + v * LANES), maximum = load<vfloat>(state + v * LANES);
       const vint empty = total == 0.f;
       narrow_vector(empty ? vfloat{} : maximum, maxima + v * LANES, count - v * LANES);
-      narrow_vector(empty ? splat(INF) : log_of(total) * 1.44269504f, log_sums + v * LANES, count - v * LANES);
+      const vfloat log_sum = total == total ? log_of(total) * 1.44269504f : total;  // which has no NaN
+      narrow_vector(empty ? splat(INF) : log_sum, log_sums + v * LANES, count - v * LANES);
       store(state + GROUP + v * LANES, empty ? vfloat{} : p.keep_scale / total);
     }
     T* target = plane_start(out, out_strides, plane, p.heads) + q * out_strides.token;

@@ -126,9 +126,11 @@ def attention_backward(
         parts,
         _strides(*inputs, *gradients),
     )
-    if parts is not None:
-        query_gradient = parts.sum((0, 1)).unsqueeze(0) if broadcast else parts.sum(0)
-    return query_gradient.to(query.dtype), key_gradient, value_gradient
+    if parts is not None and broadcast:
+        query_gradient = parts.sum((0, 1)).unsqueeze(0).to(query.dtype)
+    elif parts is not None:
+        query_gradient.copy_(parts.sum(0))  # keeps its layout, which compiled code relies on
+    return query_gradient, key_gradient, value_gradient
 
 
 def jitter_forward(

@@ -26,7 +26,7 @@ def _in_memory(tensor: Tensor) -> Tensor:
     """A tensor whose memory holds its values: torch keeps some negations, and some zeros, as a mark alone."""
     if tensor._is_zerotensor():
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    return tensor.resolve_neg()
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
 def summed_over_batch(gradient: Tensor, residual: Tensor) -> Tensor:

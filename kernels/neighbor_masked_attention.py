@@ -220,8 +220,10 @@ def _score_gradient(
     products = query_key_products(
         query, key, query_first, key_first, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL, BLOCK_M, BLOCK_N, MASKED, PRECISION
     )
-    # The difference first: of large products it is exact, and their scaled values are not.
-    weights = tl.exp2((products - maximum[:, None]) * scale_log2 - log_sum[:, None])
+    # The difference first: of large products it is exact, and their scaled values are not. No weight is above 1, but
+    # the products of another tile differ by a rounding from those whose maximum was kept.
+    exponent = (products - maximum[:, None]) * scale_log2 - log_sum[:, None]
+    weights = tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL))
     weight_gradient = tl.dot(out_gradient, tl.trans(value), input_precision=PRECISION)
     dropped = weights
     if DROPOUT:

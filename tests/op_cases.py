@@ -9,6 +9,7 @@ from torch import Tensor
 from uniad_fast import jitter_project, neighbor_masked_attention
 from uniad_fast.functional import dropout, dropout_add_norm
 from uniad_fast.impls import IMPLS
+from uniad_fast.linear import linear
 
 GRID, WINDOW = (3, 5), (1, 3)
 ON_GPU = torch.cuda.is_available()
@@ -72,6 +73,12 @@ OPS = [
     OpCase("relu", {"x": (9, 70)}, lambda impl, x: dropout(x, 0.2, relu=True, seed=5, impl=impl)),
     OpCase("dropout", {"x": (9, 70)}, lambda impl, x: dropout(x, 0.2, seed=5, impl=impl)),
 ]
+LINEAR = OpCase(
+    "linear",
+    {"tokens": (2, 9, 24), "weight": (20, 24), "bias": (20,)},
+    lambda impl, tokens, weight, bias: linear(tokens, weight, bias, impl),
+)
+"""No op of the public ones, but it hands memory on too."""
 NAMED_OPS = {case.name: case for case in OPS}
 
 

@@ -215,6 +215,23 @@ def test_large_scores_keep_their_weights(impl, score):
 
 
 @IMPL
+@pytest.mark.parametrize("score", [1e3, 1e5, 4e8])
+def test_large_scores_of_random_directions(impl, score):
+    """The kernels of a GPU compute products in other orders forward and backward: a rounding of the score is theirs."""
+    device, dtype = device_of(impl), WIDEST[impl]
+    query, key, value = (torch.randn(1, 1, 2, 32, dtype=dtype, device=device) for _ in range(3))
+    query *= (score * 32**0.5 / (query * key.flip(2)).sum(-1).abs())[..., None].sqrt()
+    key *= (score * 32**0.5 / (query.flip(2) * key).sum(-1).abs())[..., None]
+    value.requires_grad_()
+    out = neighbor_masked_attention(query, key, value, (1, 2), (1, 1), impl=impl)
+    torch.testing.assert_close(out, value.detach().flip(2))
+    (gradient,) = torch.autograd.grad(out.sum(), value)
+    off = (gradient - 1).abs().max().item()
+    assert gradient.max() <= 1 + 1e-5
+    assert off <= (min(1.0, 16 * score * 2.0**-23) if impl == "triton" else 1e-5)
+
+
+@IMPL
 @pytest.mark.parametrize("size", [1e2, 1e4])
 def test_gradients_of_large_scores(impl, size):
     """Two keys whose scores differ by one, far from zero: what the softmax tells apart, the gradient does too."""
@@ -248,6 +265,20 @@ def test_windows_far_larger_than_the_grid(impl):
         torch.testing.assert_close(rows, neighbor_masked_attention(query, key, value, (4, 5), (9, 1), impl=impl))
 
 
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "torch"])  # whose NaNs are torch's own affair
+def test_a_nan_in_one_key_reaches_the_gradients_that_it_reaches_by_definition(impl):
+    tensors = [t.detach() for t in inputs((1, 9), batch=1, heads=1, dtype=WIDEST[impl], device=device_of(impl))]
+    tensors[1][0, 0, 0, 0] = float("nan")
+
+    def run(impl):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out = neighbor_masked_attention(*leaves, (1, 9), (1, 1), impl=impl)
+        return [out, *torch.autograd.grad(out.sum(), leaves)]
+
+    for ours, expected in zip(run(impl), run("reference"), strict=True):
+        assert torch.equal(ours.isnan(), expected.isnan())
+
+
 @IMPL
 def test_without_a_key_the_output_is_zero_whatever_the_values_are(impl):
     query, key, value = (t.detach() for t in inputs((4, 5), dtype=WIDEST[impl], device=device_of(impl)))
@@ -279,7 +310,7 @@ def test_a_scale_that_is_not_finite_is_refused(impl, scale):
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1e-60])
 def test_a_scale_that_the_kernels_do_not_take_is_served_by_default(scale):
     query, key, value = (t.detach().float() for t in inputs((4, 5)))
-    with pytest.warns(UserWarning, match="they take a scale of at least") if scale != 1e-60 else nullcontext():
+    with pytest.warns(UserWarning, match="they take a scale from") if scale != 1e-60 else nullcontext():
         out = neighbor_masked_attention(query, key, value, (4, 5), (3, 3), scale=scale)
     torch.testing.assert_close(
         out, neighbor_masked_attention(query, key, value, (4, 5), (3, 3), scale=scale, impl="reference")

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from op_cases import KERNELS, NAMED_OPS, device_of, layouts
+from op_cases import KERNELS, LINEAR, NAMED_OPS, device_of, layouts
 
 from uniad_fast.impls import IMPLS
 
@@ -28,6 +28,15 @@ def test_every_argument_in_every_layout(impl, name, argument):
             torch.testing.assert_close(out, expected, rtol=0, atol=0, msg=f"{argument} {layout}")
             leaves = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in values.items()}
             torch.testing.assert_close(gradients, case.run(impl, leaves)[1:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("argument", LINEAR.shapes)
+def test_every_argument_of_a_linear_layer_in_every_layout(argument):
+    plain = LINEAR.make()
+    for layout, tensor in layouts(plain[argument]):
+        tensors = plain | {argument: tensor}
+        out = LINEAR.call("cpu", **tensors)
+        torch.testing.assert_close(out, torch.nn.functional.linear(*tensors.values()), msg=f"{argument} {layout}")
 
 
 @pytest.mark.parametrize("impl", KERNELS)

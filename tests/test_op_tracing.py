@@ -275,3 +275,35 @@ def test_checkpointing_and_inference_mode(impl, name):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     with torch.inference_mode():
         torch.testing.assert_close(case.call(impl, **tensors), expected[0])
+
+
+@KERNEL
+@NAME
+def test_a_tangent_is_not_dropped_in_compiled_code(impl, name):
+    function, tensors = positional(name, impl)
+
+    def tangent(*values):
+        return torch.func.jvp(function, values, tuple(torch.ones_like(t) for t in values))[1]
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"forward-mode|torch\.func"):
+        torch.compile(tangent, backend="eager")(*tensors)
+
+
+@pytest.mark.parametrize("name", NAMED_OPS)
+def test_stock_operations_refuse_a_seed_that_a_tracer_would_forget(name):
+    function, tensors = positional(name, "torch")
+    if name.endswith("without_dropout"):
+        return make_fx(function)(*tensors)
+    with pytest.raises(ValueError, match="no tracer records"):
+        make_fx(function)(*tensors)
+    return None
+
+
+def test_a_seed_restarts_the_generator_of_its_own_device_alone(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    function, tensors = positional("dropout", "torch")
+    state = torch.get_rng_state()
+    assert torch.equal(function(*tensors), function(*tensors)) and not seeded
+    assert torch.equal(torch.get_rng_state(), state)

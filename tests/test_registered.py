@@ -26,6 +26,15 @@ def test_registered_attention_operators_pass_opcheck(impl, query_batch):
     torch.library.opcheck(registered.attention_backward, arguments, rtol=1e-4, atol=1e-5)
 
 
+def test_what_an_operator_lays_out_is_what_it_says_to_compilers():
+    """Two tasks a head: the query's gradient is summed over them."""
+    sample = (34, 34, 1, 1, 0.0, 0.25, "cpu")
+    query, key, value = torch.randn(3, 2, 2, 34 * 34, 8)
+    out, stats = registered.attention_forward(query, key, value, None, *sample)
+    arguments = (torch.randn_like(out), query, key, value, out, stats, None, *sample)
+    torch.library.opcheck(registered.attention_backward, arguments, test_utils="test_faketensor")
+
+
 @IMPL
 def test_registered_jitter_operators_pass_opcheck(impl):
     device = DEVICES[impl]

@@ -334,3 +334,47 @@ def test_distributed_training(tmp_path, replaced_first):
         torch.distributed.destroy_process_group()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_an_encoder_layers_fast_path_is_kept_off_the_attention():
+    """In evaluation torch's layer computes its attention by itself, and the replaced one was never asked."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 12, 16)
+    mask = torch.zeros(12, 12).masked_fill(hidden_keys((3, 4), (1, 1), torch.device("cpu")), float("-inf"))
+    with torch.no_grad():
+        expected = model(x, mask=mask)
+        report = replace_attention(model)
+        assert str(report).count("replaced    not called yet") == 2
+        torch.testing.assert_close(model(x, mask=mask), expected)
+    assert str(report).count("replaced    3x4, 1x1 hidden") == 2
+    again = pickle.loads(pickle.dumps(model))
+    for each in (model, again):
+        restore_attention(each)
+        assert not any(module._forward_pre_hooks for module in each.modules())
+    assert "restored" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:uniad_fast leaves")
+def test_nested_tensors_are_left_to_torch():
+    attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    nested = torch.nested.nested_tensor([torch.randn(5, 16), torch.randn(7, 16)])
+    with torch.no_grad():
+        expected = attention(nested, nested, nested, need_weights=False)[0].to_padded_tensor(0)
+        report = replace_attention(attention)
+        torch.testing.assert_close(
+            attention(nested, nested, nested, need_weights=False)[0].to_padded_tensor(0), expected
+        )
+    assert "left alone  a nested tensor is passed" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:uniad_fast leaves")
+def test_a_report_says_when_only_some_calls_are_served():
+    attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    report = replace_attention(attention)
+    x = torch.randn(2, 12, 16)
+    attention(x, x, x)
+    assert "replaced" in str(report)
+    attention(x, x, x, key_padding_mask=torch.zeros(2, 12, dtype=torch.bool))
+    assert "in part" in str(report) and "but not where a key_padding_mask is passed" in str(report)

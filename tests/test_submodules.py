@@ -235,3 +235,46 @@ def test_the_learned_query_is_projected_once(monkeypatch):
         first = calls.count(layer.self_attn)
         run(model)
     assert first == 1 and calls.count(layer.self_attn) == 1
+
+
+def test_what_a_layer_does_before_its_attention_is_read_counts():
+    """As sharding does, which gathers a layer's parameters just before it is called."""
+    model, plain = build().eval(), build().eval()
+    layer = model.transformer.decoder.layers[1]
+    with torch.no_grad():
+        layer.self_attn.in_proj_weight /= 3
+        layer.register_forward_pre_hook(lambda *_: None if layer.self_attn.in_proj_weight.mul_(3) is not None else 0)
+        layer.register_forward_hook(lambda *_: None if layer.self_attn.in_proj_weight.div_(3) is not None else 0)
+        torch.testing.assert_close(run(model), run(plain))
+
+
+@pytest.mark.parametrize("other", [dict(bias=False), dict(num_heads=4)])
+def test_attentions_that_differ_within_a_decoder(other):
+    from uniad_fast import NeighborMaskedAttention
+
+    model = build().eval()
+    options = dict(embed_dim=16, num_heads=2, feature_size=GRID, neighbor_size=(1, 1), batch_first=True) | other
+    model.transformer.decoder.layers[1].self_attn = NeighborMaskedAttention(**options).eval()
+    expected = copy.deepcopy(model)
+    expected.transformer.decoder.layers[1].self_attn.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(run(model), run(expected))
+
+
+def test_a_strided_bias():
+    model, plain = build().eval(), build().eval()
+    for m, make in ((model, lambda b: torch.stack([b, b + 9], 1)[:, 0]), (plain, torch.clone)):
+        m.input_proj.bias = nn.Parameter(make(torch.linspace(0, 1, 16)))
+    assert model.input_proj.bias.stride() == (2,)
+    torch.testing.assert_close(run(model), run(plain))
+
+
+def test_an_encoder_projects_query_and_key_in_one_product(monkeypatch):
+    from uniad_fast import attention
+
+    calls = []
+    linear = attention.linear
+    monkeypatch.setattr(attention, "linear", lambda *a: calls.append(a[1].shape) or linear(*a))
+    model = build(num_decoder_layers=1).eval()
+    with torch.no_grad():
+        run(model)
+    assert calls[:2] == [(32, 16), (16, 16)]  # query and key, value

@@ -145,6 +145,11 @@ class NeighborMaskedAttention(Projections):
         first = {id(tensor): tensor.transpose(0, 1) for tensor in (query, key, value)}
         return self._attend(first[id(query)], first[id(key)], first[id(value)]).transpose(0, 1), None
 
+    def is_like(self, other: "NeighborMaskedAttention") -> bool:
+        """Whether both split and serve their tokens the same way, so that one product can project for both."""
+        mine, its = ((a.embed_dim, a.num_heads, a.in_proj_bias is None, a.impl) for a in (self, other))
+        return mine == its
+
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.attend(*self.project_all(query, key, value, self.impl))
 

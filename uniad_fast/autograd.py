@@ -41,7 +41,7 @@ def jitter_project(
     """As `reference.jitter_project`, by the kernels; the seed is a 0-d int64 tensor on the device."""
     flat = _rows(tokens)
     wanted = tokens.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if _without_memory(tokens, weight):
+    if _without_memory(tokens, weight, *([] if bias is None else [bias])):
         out, _ = registered.jitter_forward(flat, weight, bias, seed, scale, prob, impl)
     elif torch.is_grad_enabled() and wanted:
         out = _Jitter.apply(flat, weight, bias, scale, prob, seed, impl)

@@ -177,7 +177,7 @@ def dropout_add_norm(
     """
     x, residual = _autocast(x, residual)
     _check_same_kind(x=x, residual=residual)
-    if x.ndim < 1 or residual.shape not in (x.shape, (1, *x.shape[1:])):
+    if x.ndim < 1 or (residual.shape != x.shape and (x.ndim < 2 or residual.shape != (1, *x.shape[1:]))):
         raise ValueError(
             f"residual must have the shape of x, or batch 1, got {tuple(residual.shape)}, {tuple(x.shape)}"
         )

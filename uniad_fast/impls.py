@@ -72,8 +72,9 @@ def kernel_problem(impl: str, tensor: Tensor) -> str | None:
 
 def _differentiation_problem() -> str | None:
     """Why kernels, which have a gradient and nothing else, can't take part in what torch is doing, or None."""
-    if torch.compiler.is_compiling():
-        return None
+    if torch.compiler.is_dynamo_compiling():
+        # Dynamo follows the transforms themselves; a tangent it would drop.
+        return "they have no forward-mode derivative" if torch.autograd.forward_ad._current_level >= 0 else None
     if torch._C._are_functorch_transforms_active():
         return "transforms of torch.func (vmap, grad, jvp, ...) do not see through them"
     if torch.autograd.forward_ad._current_level >= 0:
@@ -86,7 +87,10 @@ def attention_problem(query: Tensor, scale: float) -> str | None:
     if query.shape[-1] > 128:
         return f"they take a head_dim up to 128, not {query.shape[-1]}"
     smallest = torch.finfo(torch.float32).tiny
-    return None if scale >= smallest else f"they take a scale of at least {smallest:.3g}, not {scale}"
+    largest = torch.finfo(torch.float32).max / 2  # it is multiplied by log2(e)
+    return (
+        None if smallest <= scale <= largest else f"they take a scale from {smallest:.3g} to {largest:.3g}, not {scale}"
+    )
 
 
 @lru_cache(maxsize=32)

@@ -16,7 +16,7 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None
 
     tokens [..., C_in], weight [C_out, C_in], bias [C_out] -> [..., C_out].
     """
-    if not _is_for_onednn(tokens, weight, impl):
+    if not _is_for_onednn(tokens, weight, bias, impl):
         return F.linear(tokens, weight, bias)
     flat = tokens.reshape(-1, tokens.shape[-1])
     wanted = tokens.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -24,12 +24,17 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None
     return product(flat, weight, bias).view(*tokens.shape[:-1], weight.shape[0])
 
 
-def _is_for_onednn(tokens: Tensor, weight: Tensor, impl: str | None) -> bool:
-    if tokens.device.type != "cpu" or tokens.dtype != torch.float32 or weight.dtype != torch.float32:
-        return False
+def _is_for_onednn(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> bool:
+    for tensor in (tokens, weight, *([] if bias is None else [bias])):
+        if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or tensor.is_neg():
+            return False
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return False
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return False  # for torch to refuse or broadcast
     if torch.is_autocast_enabled("cpu") or is_traced() or not tokens.numel():
         return False
-    if torch.autograd.forward_ad._current_level >= 0 or type(weight) not in (Tensor, nn.Parameter):
+    if torch.autograd.forward_ad._current_level >= 0:
         return False
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
@@ -37,6 +42,8 @@ def _is_for_onednn(tokens: Tensor, weight: Tensor, impl: str | None) -> bool:
 
 
 def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # It reads the bias as if it lay in a row.
+    bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 

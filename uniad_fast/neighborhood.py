@@ -29,12 +29,13 @@ def _kept_outside_of_tracing(make: Callable[_Arguments, Tensor]) -> Callable[_Ar
 
 
 def is_traced() -> bool:
-    """Whether tensors made now may be stand-ins: under torch.compile, torch.export, torch.jit, torch.func or a mode."""
+    """Whether tensors made now may be stand-ins: under torch.compile, export, jit, func, a mode or a captured graph."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
 
 

@@ -14,14 +14,14 @@ class LearnedPosition(nn.Module):
 
     def __init__(self, feature_size: Size, hidden_dim: int) -> None:
         super().__init__()
-        height, width = feature_size
+        self.height, self.width = height, width = feature_size
         self.row_embed = nn.Embedding(height, hidden_dim // 2)
         self.col_embed = nn.Embedding(width, hidden_dim // 2)
         nn.init.uniform_(self.row_embed.weight)
         nn.init.uniform_(self.col_embed.weight)
 
     def forward(self) -> Tensor:
-        row, col = whole_table(self.row_embed), whole_table(self.col_embed)
+        row, col = whole_table(self.row_embed, self.height), whole_table(self.col_embed, self.width)
         height, width = len(row), len(col)
         grid = torch.cat([col.expand(height, -1, -1), row[:, None].expand(-1, width, -1)], dim=-1)
         return grid.flatten(0, 1)

@@ -94,11 +94,13 @@ class ReplacedAttention(nn.MultiheadAttention, Projections):  # type: ignore[mis
         is_causal: bool,
     ) -> Window | Other:
         """What the call's mask hides, or why the call can't be served."""
+        if query.is_nested or key.is_nested or value.is_nested:
+            return Other("a nested tensor is passed")
         if key_padding_mask is not None:
             return Other("a key_padding_mask is passed")
         if is_causal:
             return Other("is_causal is set")
-        if query.shape != key.shape or key.shape != value.shape or query.ndim not in (2, 3) or query.is_nested:
+        if query.shape != key.shape or key.shape != value.shape or query.ndim not in (2, 3):
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
             return Other(f"query, key and value are not of one shape: {shapes}")
         tokens = query.shape[1 if self.batch_first and query.ndim == 3 else 0]
@@ -145,12 +147,18 @@ class Row:
     module: nn.Module
     why_not: str | None
 
-    def windows(self) -> str:
-        """What its calls have been so far."""
+    def state(self) -> tuple[str, str]:
+        """What became of it, and of the calls that it has had so far."""
+        if self.why_not is not None:
+            return "left alone", self.why_not
         if not isinstance(self.module, ReplacedAttention):
-            return ""
-        settings = self.module.uniad_fast
-        return "; ".join([*map(str, settings.served), *(f"left alone: {why}" for why in settings.left)])
+            return "restored", ""
+        served, left = list(map(str, self.module.uniad_fast.served)), self.module.uniad_fast.left
+        if served and left:
+            return "in part", "; ".join([*served, f"but not where {'; '.join(left)}"])
+        if left:
+            return "left alone", "; ".join(left)
+        return "replaced", "; ".join(served) or "not called yet"
 
 
 class Report:
@@ -171,14 +179,7 @@ class Report:
         return {row.path: row.why_not for row in self.rows if row.why_not is not None}
 
     def __str__(self) -> str:
-        lines = [
-            (
-                row.path or "(the model)",
-                "replaced" if row.why_not is None else "left alone",
-                row.why_not or row.windows(),
-            )
-            for row in self.rows
-        ]
+        lines = [(row.path or "(the model)", *row.state()) for row in self.rows]
         width = max((len(path) for path, *_ in lines), default=0)
         table = [f"{path:{width}}  {what:10}  {why}".rstrip() for path, what, why in lines]
         table += [f"{path or '(the model)'}: its masks are built once" for path in self.cached_masks]
@@ -245,6 +246,11 @@ def replace_attention(
             module: Any = row.module
             module.uniad_fast = _Settings(only, impl, strict, memory)
             module.__class__ = ReplacedAttention
+    for layer in model.modules():
+        # Its fast path in evaluation never calls the attention, unless something in it has a hook.
+        attention = layer.self_attn if isinstance(layer, nn.TransformerEncoderLayer) else None
+        if type(attention) is ReplacedAttention and _do_nothing not in attention._forward_pre_hooks.values():
+            attention.register_forward_pre_hook(_do_nothing)
     cached = []
     for path, module in model.named_modules():
         if generates_masks(module):
@@ -257,6 +263,9 @@ def restore_attention(model: nn.Module) -> None:
     """Undo `replace_attention`: every module as it was."""
     for module in model.modules():
         if type(module) is ReplacedAttention:
+            for number, hook in list(module._forward_pre_hooks.items()):
+                if hook is _do_nothing:
+                    del module._forward_pre_hooks[number]
             del module.uniad_fast
             setattr(module, "__class__", nn.MultiheadAttention)  # noqa: B010, mypy would take it for a mistake
         if isinstance(module.__dict__.get("generate_mask"), CachedMask):
@@ -271,6 +280,10 @@ def fast_attention(model: nn.Module, **options: Any) -> Iterator[Report]:
         yield report
     finally:
         restore_attention(model)
+
+
+def _do_nothing(_module: nn.Module, _args: tuple) -> None:
+    """A hook that makes torch's encoder layers call their attention. A function of this file, so that it pickles."""
 
 
 def _why_not(module: nn.MultiheadAttention) -> str | None:

@@ -28,7 +28,7 @@ def neighbor_masked_attention(
     mask = None
     if neighbor_size is not None:
         mask = additive_mask(feature_size, neighbor_size, query.device, query.dtype)
-    with _seeded(seed, query.device):
+    with _seeded(seed if dropout_p > 0 else None, query.device):
         out = F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale)
     if neighbor_size is not None and has_query_without_key(feature_size, neighbor_size):
         out = torch.where(queries_with_keys(feature_size, neighbor_size, query.device), out, 0)
@@ -81,10 +81,36 @@ def _seeded(seed: int | Tensor | None, device: torch.device) -> Iterator[None]:
     if seed is None or device.type == "meta":  # on which nothing is drawn
         yield
         return
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=_forkable(device)):
-        torch.manual_seed(int(seed))
+    if _is_recorded():
+        raise ValueError(
+            "impl='torch' seeds torch's generator, which no tracer records: pass seed=None, or another impl, which "
+            "draws from the seed itself"
+        )
+    # The device's own generator alone: torch.manual_seed would restart those of all devices.
+    generator = _generator(device)
+    state = generator.get_state()
+    try:
+        generator.manual_seed(int(seed))
         yield
+    finally:
+        generator.set_state(state)
 
 
-def _forkable(device: torch.device) -> str:
-    return "cuda" if device.type == "cpu" else device.type
+def _is_recorded() -> bool:
+    """Whether a tracer writes down the operators of this call, of which seeding a generator is none."""
+    if torch.compiler.is_compiling():
+        return False  # dynamo ends its graph there
+    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() == 0:
+        return torch._C._get_tracing_state() is not None
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The one that torch's functions draw from on this device."""
+    if device.type == "cpu":
+        return torch.default_generator
+    module = torch.get_device_module(device)
+    index = module.current_device() if device.index is None else device.index
+    return module.default_generators[index]

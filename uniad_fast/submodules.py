@@ -11,6 +11,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _all_modules
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .linear import linear
 
@@ -32,17 +33,18 @@ def is_plain(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
 
 def apply_linear(module: nn.Module, tokens: Tensor, impl: str | None) -> Tensor:
     """module(tokens) of a linear layer, [..., C_in] -> [..., C_out]."""
-    if is_plain(module, nn.Linear):
+    if is_plain(module, nn.Linear) or is_plain(module, NonDynamicallyQuantizableLinear):
         return linear(tokens, module.weight, module.bias, impl)
     return module(tokens)
 
 
-def whole_table(module: Any) -> Tensor:
-    """Every row of an embedding, [num_embeddings, C]."""
+def whole_table(module: Any, rows: int, device: torch.device | None = None) -> Tensor:
+    """Every row of an embedding of so many, [rows, C]; one that has to be called is asked on this device."""
     if is_plain(module, nn.Embedding) and module.max_norm is None:
         return module.weight
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
-    return module(torch.arange(module.num_embeddings, device=device))
+    if device is None:
+        device = next((t.device for t in (*module.parameters(), *module.buffers()) if not t.is_meta), None)
+    return module(torch.arange(rows, device=device))
 
 
 def pending_dropout(module: nn.Module, tokens: Tensor) -> tuple[Tensor, float]:
@@ -57,7 +59,9 @@ def call_attention(module: Callable[..., tuple[Tensor, object]], query: Tensor, 
 
     query [B or 1, N, C], key and value [B, N, C] -> [B, N, C].
     """
-    query = query.expand(key.shape[0], -1, -1)
+    if query.shape[0] != key.shape[0]:  # one tensor stays one tensor, which is then projected once
+        query = query.expand(key.shape[0], -1, -1)
     if getattr(module, "batch_first", True):
         return module(query, key, value)[0]
-    return module(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1))[0].transpose(0, 1)
+    turned = {id(tensor): tensor.transpose(0, 1) for tensor in (query, key, value)}
+    return module(turned[id(query)], turned[id(key)], turned[id(value)])[0].transpose(0, 1)

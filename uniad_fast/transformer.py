@@ -5,7 +5,7 @@ names are the public code's, so that its state dicts load.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -131,16 +131,20 @@ class Decoder(nn.Module):
     def _project_memory(self, memory: Tensor, position: Tensor) -> dict[tuple[int, int], Heads]:
         """(keys, values) of every attention to the encoder's output, all in one product each: {(layer, 0 or 1): heads}.
 
-        Those are every layer's first and the first layer's second, but for attentions that have to be called.
+        Those are every layer's first and the first layer's second, but for attentions that have to be called, that lie
+        in layers that do something before, or that differ from the others.
         """
         attentions: dict[tuple[int, int], NeighborMaskedAttention] = {}
-        for number, layer in enumerate(cast(list[DecoderLayer], list(self.layers))):
+        for number, layer in enumerate(self.layers):
+            if not is_plain(layer, DecoderLayer):
+                continue
             for place, attention in enumerate((layer.self_attn, layer.multihead_attn)):
                 if (place == 0 or number == 0) and is_plain(attention, NeighborMaskedAttention):
                     attentions[number, place] = attention
         if not attentions:
             return {}
         first = next(iter(attentions.values()))
+        attentions = {place: a for place, a in attentions.items() if a.is_like(first)}
         projected = []
         for tokens, which in ((memory + position, 1), (memory, 2)):
             weights, biases = zip(*(a.in_proj(which, which + 1) for a in attentions.values()), strict=True)
@@ -261,12 +265,13 @@ class DecoderLayer(_TwoAttentions):
         memory: the encoder's output [B, N, C]. memory_heads, previous_heads: the encoder's output as the first
         attention's keys and values, the previous one as the second's, where the caller has them.
         """
-        embed = whole_table(self.learned_embed).to(out.dtype)[None]  # [1, N, C], broadcast by what it meets
+        table = whole_table(self.learned_embed, out.shape[1], out.device)[None]
+        embed = table.to(out.dtype)  # [1, N, C], broadcast by what it meets
         if memory_heads is None:
             query = (self.norm1(embed) if self.normalize_before else embed) + position
             attended = call_attention(self.self_attn, query, memory + position, memory)
         else:
-            attended = self.self_attn.attend(self.learned_query(position), *memory_heads)
+            attended = self.self_attn.attend(self.learned_query(position, table), *memory_heads)
         tokens = self.end(self.norm1, embed, attended)
 
         def attend_previous(x: Tensor) -> Tensor:
@@ -278,9 +283,11 @@ class DecoderLayer(_TwoAttentions):
         tokens = self.residual(self.norm2, tokens, attend_previous)
         return self.residual(self.norm3, tokens, self.feed_forward)
 
-    def learned_query(self, position: Tensor) -> Tensor:
-        """The first attention's projected query [1, heads, N, head_dim]: once a step, once at all in evaluation."""
-        embed = whole_table(self.learned_embed)[None]
+    def learned_query(self, position: Tensor, embed: Tensor) -> Tensor:
+        """The first attention's projected query [1, heads, N, head_dim]: once a step, once at all in evaluation.
+
+        embed: the learned queries [1, N, C].
+        """
         if self.normalize_before:
             embed = self.norm1(embed)
         weight, bias = self.self_attn.in_proj(0, 1)
@@ -300,7 +307,8 @@ class PlainDecoder(nn.Module):
     def forward(self, memory: Tensor, position: Tensor) -> Tensor:
         out = memory
         if self.learned_embed is not None:
-            out = whole_table(self.learned_embed).to(memory.dtype).expand_as(memory)
+            table = whole_table(self.learned_embed, memory.shape[1], memory.device)
+            out = table.to(memory.dtype).expand_as(memory)
         for layer in self.layers:
             out = layer(out, memory, position)
         return self.norm(out)
