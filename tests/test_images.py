@@ -148,3 +148,151 @@ def test_list_images_is_sorted_and_leaves_out_what_is_hidden(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert [str(p.relative_to(tmp_path)) for p in list_images(tmp_path)] == ["a/c.jpg", "b.PNG"]
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+MARKED = np.zeros((96, 96), dtype=bool)
+MARKED[30:54, 40:64] = True
+
+
+def palette_mask():
+    image = Image.fromarray(MARKED.astype(np.uint8), "P")
+    image.putpalette([0, 0, 0, 128, 0, 0])
+    return image
+
+
+def colored(*color):
+    return Image.fromarray((MARKED[..., None] * np.array(color, dtype=np.uint8)).astype(np.uint8))
+
+
+MASKS = {
+    "0/1": Image.fromarray(MARKED.astype(np.uint8)),
+    "0/100": Image.fromarray(MARKED * np.uint8(100)),
+    "0/255": Image.fromarray(MARKED * np.uint8(255)),
+    "one bit": Image.fromarray(MARKED),
+    "palette": palette_mask(),
+    "red": colored(255, 0, 0),
+    "blue": colored(0, 0, 255),
+    "dark green": colored(0, 1, 0),
+    "16 bit, 1": Image.fromarray(MARKED.astype(np.uint16)),
+    "16 bit, 255": Image.fromarray(MARKED.astype(np.uint16) * 255),
+    "32 bit, 255": Image.fromarray(MARKED.astype(np.int32) * 255),
+    "32 bit, beyond 16": Image.fromarray(MARKED.astype(np.int32) * 100_000),
+    "float": Image.fromarray(MARKED.astype(np.float32) * 0.5),
+    "see-through": Image.merge("RGBA", [*[Image.new("L", (96, 96), 255)] * 3, Image.fromarray(MARKED * np.uint8(255))]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_what_is_not_black_is_defective_whatever_the_masks_depth_and_colour(tmp_path, kind):
+    path = tmp_path / ("m.tif" if MASKS[kind].mode in ("F", "I") else "m.png")
+    MASKS[kind].save(path)
+    assert read_mask(path, 96).sum() == 576
+    np.testing.assert_array_equal(read_mask(path, 96), MARKED)
+
+
+def test_blurred_edges_of_a_jpeg_mask_are_no_defects(tmp_path):
+    MASKS["0/255"].save(tmp_path / "m.jpg", quality=50)
+    assert read_mask(tmp_path / "m.jpg", 96).sum() == 576
+
+
+def test_thin_defects_do_not_vanish(tmp_path):
+    line = np.zeros((1024, 1024), dtype=np.uint8)
+    line[:, 3:5] = 255
+    Image.fromarray(line).save(tmp_path / "m.png")
+    mask = read_mask(tmp_path / "m.png", 224)
+    assert mask.sum() in (224, 448) and mask[:, :2].any()
+
+
+def test_a_folder_of_masks_is_their_union(tmp_path):
+    for name, rows in (("000.png", slice(0, 2)), ("001.png", slice(6, 7))):
+        part = np.zeros((8, 8), dtype=np.uint8)
+        part[rows] = 236
+        Image.fromarray(part).save(tmp_path / name)
+    assert read_mask(tmp_path, 8).sum() == 24
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UnreadableImage, match="a folder of masks without one"):
+        read_mask(tmp_path / "none", 8)
+
+
+def test_a_mask_is_turned_like_its_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (16, 8)).save(tmp_path / "image.jpg", exif=exif)  # upright: 8 wide, 16 high
+    stored = np.zeros((8, 16), dtype=np.uint8)
+    stored[:, :4] = 255
+    Image.fromarray(stored).save(tmp_path / "stored.png")
+    upright = np.zeros((16, 8), dtype=np.uint8)
+    upright[:4] = 255
+    Image.fromarray(upright).save(tmp_path / "upright.png")
+    for name in ("stored.png", "upright.png"):
+        mask = read_mask(tmp_path / name, 16, tmp_path / "image.jpg")
+        assert mask[:4].all() and not mask[4:].any(), name
+    Image.new("L", (10, 500)).save(tmp_path / "other.png")
+    with pytest.raises(UnreadableImage, match="a mask of 10 x 500 pixels for an image of 8 x 16"):
+        read_mask(tmp_path / "other.png", 16, tmp_path / "image.jpg")
+
+
+# --- what is not an image as it should be ---------------------------------------------------------------------------
+
+
+def test_no_reader_that_runs_programs_is_asked(tmp_path, monkeypatch):
+    """A PostScript file under another name started Ghostscript."""
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was started"))
+    for name in ("picture.png", "picture.eps"):
+        (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
+        with pytest.raises(UnreadableImage, match="no image, or of a format that is not read"):
+            read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "gif", "webp", "png"])
+def test_further_pages_and_frames_are_not_overlooked(tmp_path, suffix):
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    first.save(tmp_path / f"two.{suffix}", save_all=True, append_images=[second])
+    with pytest.raises(UnreadableImage, match="holds 2 pictures"):
+        read_image(tmp_path / f"two.{suffix}")
+
+
+def test_a_wrong_checksum_is_noticed(tmp_path):
+    path = tmp_path / "x.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(path)
+    content = bytearray(path.read_bytes())
+    end = content.index(b"IEND") - 8  # of IDAT's checksum
+    content[end] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UnreadableImage, match=r"x\.png"):
+        read_image(path)
+
+
+def test_samples_of_few_bits_in_sixteen_are_remarked_on(tmp_path):
+    deep = np.linspace(0, 4095, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert "use 12 of 16 bits" in read_image(tmp_path / "deep.png").info["note"]
+    Image.fromarray(deep * 16).save(tmp_path / "whole.png")
+    assert "note" not in read_image(tmp_path / "whole.png").info
+
+
+def test_large_images_can_be_allowed(tmp_path, monkeypatch):
+    from uniad_fast.images import allow_pixels
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    Image.new("RGB", (20, 20)).save(tmp_path / "large.png")
+    with pytest.raises(UnreadableImage, match="more than 100 pixels.*--max-pixels"):
+        read_image(tmp_path / "large.png")
+    allow_pixels(400)
+    assert read_image(tmp_path / "large.png").size == (20, 20)
+
+
+def test_whether_a_failure_may_pass(tmp_path, monkeypatch):
+    from uniad_fast import images
+
+    def passing(path):
+        with pytest.raises(UnreadableImage) as caught:
+            read_image(path)
+        return caught.value.passing
+
+    (tmp_path / "junk.png").write_text("junk")
+    assert not passing(tmp_path / "junk.png") and not passing(tmp_path) and passing(tmp_path / "gone.png")
+    monkeypatch.setattr(images.Path, "read_bytes", lambda _: (_ for _ in ()).throw(OSError(24, "Too many open files")))
+    assert passing(tmp_path / "junk.png")

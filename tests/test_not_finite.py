@@ -1,0 +1,197 @@
+"""A number that is not finite is never a verdict: not in training, calibration, bundles, scores or options."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK
+from typer.testing import CliRunner
+
+from uniad_fast import AnomalyDetector
+from uniad_fast.architecture import Architecture
+from uniad_fast.backbone import Backbone
+from uniad_fast.calibration import Calibration, threshold_for, whitening_of
+from uniad_fast.cli import app
+from uniad_fast.errors import UniadFastError
+from uniad_fast.recipes import FAST, Recipe
+from uniad_fast.state_dicts import WeightsError
+from uniad_fast.training import Diverged, Patience, channel_statistics, train
+
+NAN, INF = float("nan"), float("inf")
+
+
+def call(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def trained(made_up_classes, backbone_weights, tmp_path_factory):
+    bundle = tmp_path_factory.mktemp("finite") / "bundle"
+    options = [*QUICK, "--backbone-weights", backbone_weights, "--epochs", 2, "-q"]
+    assert call("train", made_up_classes, "-o", bundle, "--cache", bundle.parent / "cache", *options)[0] == 0
+    return bundle
+
+
+def test_weights_with_a_nan_are_refused(tmp_path, backbone_weights, made_up_classes):
+    state = torch.load(backbone_weights, weights_only=True)
+    name = next(n for n, t in state.items() if t.ndim == 4)
+    state[name][0, 0, 0, 0] = NAN
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="is not finite"):
+        Backbone.pretrained("resnet10t", 64, tmp_path / "w.pth")
+    arguments = ["train", made_up_classes, "-o", tmp_path / "b", *QUICK, "--backbone-weights", tmp_path / "w.pth"]
+    code, output = call(*arguments, "--cache", tmp_path)
+    assert code == 2 and "is not finite" in output and not (tmp_path / "b").exists()
+
+
+class Line(torch.nn.Module):
+    """The smallest network that trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 3)
+
+    def reconstruct(self, tokens):
+        return self.linear(tokens)
+
+
+def fit(tmp_path, tokens, **changes):
+    recipe = replace(FAST, epochs=9, min_steps=0, batch_size=2, optimizer="adamw", precision="float32", **changes)
+    model = Line()
+    train(model, tokens, recipe, 0, torch.zeros(3), torch.ones(3), tmp_path, {}, quiet=True, checkpoint_seconds=0)
+    return model
+
+
+def test_training_stops_at_the_first_loss_that_is_not_finite_and_names_the_images(tmp_path):
+    tokens = np.random.default_rng(0).normal(size=(8, 4, 3)).astype(np.float32)
+    tokens[5, 1, 1] = INF
+    with pytest.raises(Diverged, match="training stopped at step") as caught:
+        fit(tmp_path, tokens)
+    assert 5 in caught.value.rows and len(caught.value.rows) == 2
+    if (tmp_path / "checkpoint.pt").exists():
+        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+        assert all(t.isfinite().all() for t in state.values())
+
+
+def test_diverged_training_leaves_no_detector_and_no_checkpoint_of_it(tmp_path, made_up_classes, backbone_weights):
+    recipe = replace(FAST, epochs=3, min_steps=0, learning_rate=1e30, optimizer="adamw", standardize=True)
+    detector = AnomalyDetector(
+        "resnet10t", 64, backbone_weights=backbone_weights, recipe=recipe, cache_dir=tmp_path / "c"
+    )
+    with pytest.raises(UniadFastError, match="training stopped at step"):
+        detector.fit(made_up_classes, work_dir=tmp_path / "work", quiet=True, checkpoint_seconds=0)
+    with pytest.raises(RuntimeError, match="not trained"):
+        detector.save(tmp_path / "b")
+
+
+def test_held_out_losses_features_and_residuals():
+    with pytest.raises(UniadFastError, match="held-out good images is nan"):
+        Patience(3).see(NAN)
+    tokens = np.ones((2, 3, 4), dtype=np.float32)
+    tokens[1, 2, 3] = INF
+    with pytest.raises(UniadFastError, match="not all finite"):
+        channel_statistics(tokens)
+    for residuals in (torch.zeros(2, 3, 2, 2), torch.full((2, 3, 2, 2), NAN)):
+        with pytest.raises(UniadFastError, match="not finite, or all zero"):
+            whitening_of(residuals)
+    with pytest.raises(UniadFastError, match="1 of 3 scores of good images are not finite"):
+        threshold_for([1.0, NAN, 2.0], 0.1)
+
+
+GOOD = dict(
+    threshold=1.0, held_false_alarm_rate=0.1, color_range=(0.0, 1.0), held_out_images=3, held_out_mean=0.5,
+    held_out_std=0.1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(threshold=NAN), dict(threshold=INF), dict(threshold="x"), dict(threshold=True), dict(threshold=None),
+     dict(color_range=(0.0, NAN)), dict(color_range=(2.0, 1.0)), dict(color_range=("a", "b")),
+     dict(held_false_alarm_rate=2.0), dict(held_out_images=0), dict(held_out_mean=INF)],
+    ids=str,
+)  # fmt: skip
+def test_figures_of_good_images_are_finite(change):
+    assert Calibration(**GOOD)
+    with pytest.raises(UniadFastError):
+        Calibration(**(GOOD | change))
+
+
+@pytest.mark.parametrize("threshold", ["nan", "inf", "-inf", "1e999"])
+def test_thresholds_that_are_not_finite_are_refused_before_anything_is_done(trained, tmp_path, threshold):
+    code, output = call("score", trained, tmp_path, "-o", tmp_path / "o", "--threshold", threshold)
+    assert code == 2 and "--threshold must be a finite number" in output and not (tmp_path / "o").exists()
+
+
+def test_a_score_that_is_not_finite_is_an_error_and_no_label(trained, made_up_classes, tmp_path, monkeypatch):
+    predict = AnomalyDetector.predict_tensors
+
+    def spoilt(self, images):
+        first, *rest = predict(self, images)
+        return [first._replace(score=NAN, label=self._label(NAN)), *rest]
+
+    monkeypatch.setattr(AnomalyDetector, "predict_tensors", spoilt)
+    folder = made_up_classes / "class0/test/good"
+    code, output = call("score", trained, folder, "-o", tmp_path, "--threshold", 1e9, "-q")
+    assert code == 2 and "not finite: " in output and "0 of 3 images are defective" in output
+    assert output.rstrip().endswith("1 have no finite score")
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and all(math.isfinite(line["score"]) for line in lines)
+    with pytest.raises(UniadFastError, match="the score of image 0 is nan"):
+        AnomalyDetector.load(trained).predict(sorted(folder.iterdir()))
+
+
+def test_an_evaluation_leaves_such_scores_out_by_name(trained, made_up_classes, tmp_path, monkeypatch):
+    from uniad_fast import evaluation
+
+    scores = evaluation.image_scores
+    monkeypatch.setattr(evaluation, "image_scores", lambda *a: scores(*a).index_fill(0, torch.tensor([0]), NAN))
+    code, output = call("eval", trained, made_up_classes, "-o", tmp_path, "-q")
+    assert code == 2 and "not finite: " in output and "class0/test/good/000.png: its score is nan" in output
+    assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 39
+
+
+def test_a_detector_that_is_not_finite_is_not_saved(trained, tmp_path):
+    detector = AnomalyDetector.load(trained)
+    detector.scorer.whitening[0, 0] = NAN
+    with pytest.raises(UniadFastError, match="whitening is not finite"):
+        detector.save(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(clip=NAN), dict(warmup=NAN), dict(query_std=INF), dict(epochs=0, min_steps=0), dict(batch_size=0),
+     dict(patience=-1), dict(jitter_prob=NAN), dict(learning_rate=-1.0), dict(epochs=2.5), dict(dropout=1.0),
+     dict(schedule="cosine"), dict(precision=None), dict(standardize=1), dict(batch_size=True), dict(clip="1")],
+    ids=str,
+)  # fmt: skip
+def test_recipes_are_checked(change):
+    with pytest.raises(UniadFastError, match="recipe: "):
+        replace(FAST, **change)
+    assert isinstance(replace(FAST, patience=3), Recipe)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(hidden_dim=20_000), dict(num_encoder_layers=10**6), dict(nhead=0), dict(mask=()), dict(mask=(1, 1, 1)),
+     dict(activation="selu"), dict(neighbor_size=(0, 1)), dict(normalize_before="x"), dict(hidden_dim=8.0)],
+    ids=str,
+)  # fmt: skip
+def test_architectures_are_checked_before_anything_is_built(change):
+    with pytest.raises(UniadFastError, match="architecture: "):
+        Architecture(**change)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--held-out", "nan"], "held_out must be in"), (["--false-alarm-rate", "nan"], "false_alarm_rate must be in"),
+     (["--seed", "-1"], "seed"), (["--seed", str(2**64)], "seed"), (["--image-size", "100000"], "image_size")],
+)  # fmt: skip
+def test_options_that_are_no_numbers(tmp_path, made_up_classes, options, message):
+    code, output = call("train", made_up_classes, "-o", tmp_path / "b", *QUICK, *options)
+    assert code == 2 and message in output and "Traceback" not in output
