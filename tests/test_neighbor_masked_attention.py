@@ -11,7 +11,6 @@ from op_cases import device_of
 from uniad_fast import neighbor_masked_attention
 from uniad_fast.impls import IMPLS
 from uniad_fast.neighborhood import has_query_without_key
-from uniad_fast.precision import _multiplies_bfloat16
 from uniad_fast.testing import assert_within_budget
 
 SHAPES = [
@@ -315,16 +314,6 @@ def test_a_scale_that_the_kernels_do_not_take_is_served_by_default(scale):
     torch.testing.assert_close(
         out, neighbor_masked_attention(query, key, value, (4, 5), (3, 3), scale=scale, impl="reference")
     )
-
-
-@pytest.mark.skipif(_multiplies_bfloat16("cpu"), reason="this processor multiplies bfloat16")
-def test_emulated_bfloat16_is_said_once():
-    from uniad_fast import precision
-
-    precision._warn_of_emulation.cache_clear()
-    query = torch.randn(1, 1, 4, 16)
-    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="no bfloat16 instructions"):
-        neighbor_masked_attention(query, query, query, (2, 2), None)
 
 
 GOOD = dict(shape=(2, 2, 20, 8), feature_size=(4, 5), neighbor_size=(3, 3))

@@ -1,9 +1,11 @@
 """What "auto" means where, and that autocast follows it."""
 
+import warnings
+
 import pytest
 import torch
 
-from uniad_fast import precision
+from uniad_fast import neighbor_masked_attention, precision
 from uniad_fast.precision import autocast, computes_in_bfloat16
 
 
@@ -28,3 +30,18 @@ def test_auto_follows_the_processor(has_it, monkeypatch):
 def test_another_name_is_refused():
     with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, auto, got 'float16'"):
         computes_in_bfloat16("float16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_emulated_bfloat16_is_said_once(has_instructions, monkeypatch):
+    """It is right, and takes twenty times float32's time."""
+    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda _: has_instructions)
+    precision._warn_of_emulation.cache_clear()
+    query, said = torch.randn(1, 1, 4, 16), []
+    for dtype in (torch.float16, torch.bfloat16, torch.bfloat16):
+        with torch.autocast("cpu", dtype), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            neighbor_masked_attention(query, query, query, (2, 2), None)
+        said.append(len([w for w in caught if "no bfloat16 instructions" in str(w.message)]))
+    precision._warn_of_emulation.cache_clear()
+    assert said == [0, int(not has_instructions), 0]

@@ -202,6 +202,36 @@ def test_whole_sequences_serve_what_fits():
         assert tiles.whole_sequence_tile(tokens, element_size, head_dim, blackwell) is None
 
 
+@pytest.fixture
+def tf32_switches():
+    """Torch's switches for products on a GPU, put back afterwards."""
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("the newer names came with torch 2.9")
+    before = torch.backends.fp32_precision, matmul.fp32_precision
+    yield torch.backends, matmul
+    torch.backends.fp32_precision, matmul.fp32_precision = before
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="AMD has no TF32")
+def test_tf32_is_used_where_either_of_torchs_switches_allows_it(tf32_switches):
+    """Reading the older name after the newer one was set raises, and every launch with it."""
+    backends, matmul = tf32_switches
+    tile = tiles.TileConfig(64, 64, 4, 2)
+    for everywhere, products, expected in (
+        ("none", "none", "tf32x3"), ("tf32", "none", "tf32"), ("none", "tf32", "tf32"), ("tf32", "ieee", "tf32x3"),
+        ("ieee", "tf32", "tf32"),
+    ):  # fmt: skip
+        backends.fp32_precision, matmul.fp32_precision = everywhere, products
+        assert tiles.dot_precision(tile) == expected, (everywhere, products)
+        assert tiles.dot_precision(tiles.TileConfig(64, 64, 4, 2, precision="ieee")) == "ieee"
+    backends.fp32_precision = matmul.fp32_precision = "none"
+    matmul.allow_tf32 = True
+    assert tiles.dot_precision(tile) == "tf32"
+    matmul.allow_tf32 = False
+    assert tiles.dot_precision(tile) == "tf32x3"
+
+
 def test_wholly_hidden_blocks_are_skipped_where_there_are_enough():
     assert tiles.skipping_pays(2, 128, 0, 126, 64, 64)
     assert not tiles.skipping_pays(14, 14, 3, 3, 64, 64)
