@@ -1,6 +1,7 @@
 """Shared fixtures: seeds, and small data sets and weight files made on the spot."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before the first import of torch: tests side by side share the processor instead of fighting over it.
@@ -35,6 +36,18 @@ def impls_and_dtypes(leave_out: str = "") -> list:
 def seeded() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def made_where_the_impl_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a machine with a GPU, a test of impl "triton" makes its tensors there: compiled kernels run nowhere else."""
+    parameters = getattr(request.node, "callspec", None)
+    if torch.cuda.is_available() and parameters and parameters.params.get("impl") == "triton":
+        torch.set_default_device("cuda")
+        yield
+        torch.set_default_device(None)
+    else:
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ class OpCase:
         """Random tensors for it."""
         generator = torch.Generator().manual_seed(seed)
         return {
-            name: torch.randn(shape, generator=generator).to(device_of(impl), dtype)
+            name: torch.randn(shape, generator=generator, device="cpu").to(device_of(impl), dtype)
             for name, shape in self.shapes.items()
         }
 

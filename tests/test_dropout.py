@@ -44,7 +44,7 @@ def test_norm_within_budget(impl, dtype, shape, p, residual_batch):
         return lambda *t: dropout_add_norm(*t, dropout_p=p, seed=7, impl=impl)
 
     truth = with_gradients(run("reference"), [t.double() for t in tensors], weight)
-    keep = noise.keep_mask(7, (1, weight[..., 0].numel(), shape[-1]), p, torch.device("cpu")).view(shape)
+    keep = noise.keep_mask(7, (1, weight[..., 0].numel(), shape[-1]), p, weight.device).view(shape)
 
     def plainly(x, residual, norm_weight, norm_bias):
         total = residual + x * keep.to(x.dtype) / (1 - p)
@@ -103,7 +103,7 @@ def test_under_autocast_the_result_is_narrow(impl):
     if impl == "triton" and not torch.cuda.is_available():
         pytest.skip("the interpreter takes no bfloat16")
     x, weight = torch.randn(2, 3, 8), torch.ones(8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         out = dropout_add_norm(x, x, weight, weight, impl=impl)
     assert out.dtype == torch.bfloat16
 

@@ -52,7 +52,7 @@ def test_forward_and_gradients_within_budget(impl, shape, bias, dtype):
         """The same noise by stock operations in the low precision."""
         tensors = [t.detach().requires_grad_() for t in tensors]
         flat = tensors[0].flatten(0, -2)
-        normals = noise.jitter_normals(9, tuple(flat.shape), torch.float32, CPU).to(flat.dtype)
+        normals = noise.jitter_normals(9, tuple(flat.shape), torch.float32, flat.device).to(flat.dtype)
         noisy = flat + normals * (flat.norm(dim=-1, keepdim=True) * (20.0 / noisy_channels))
         out = torch.nn.functional.linear(noisy, *tensors[1:]).view(*shape[:-1], -1)
         return [out, *torch.autograd.grad(out.float().square().sum() / noisy_channels, tensors)]
@@ -115,7 +115,7 @@ def test_strided_empty_and_autocast(impl):
         jitter_project(swapped.contiguous(), weight, bias, scale=0.0, impl=impl),
     )
     assert jitter_project(tokens[:0], weight, bias, scale=5.0, impl=impl).shape == (0, 6, 10)
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(tokens.device.type, torch.float16):
         assert jitter_project(tokens, weight, bias, scale=5.0, impl=impl).dtype == torch.float16
 
 

@@ -175,10 +175,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack():
-        for name, done in torture(
-            Path(folder), options.kills, options.seed, options.scenarios or list(SCENARIOS)
-        ).items():
+    scenarios = options.scenarios or list(SCENARIOS)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, done in torture(Path(folder), options.kills, options.seed, scenarios).items():
             print(f"{name}: {done} kills survived")
     print(f"{time.monotonic() - started:.0f} s")
 
