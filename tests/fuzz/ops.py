@@ -60,6 +60,8 @@ def compare(ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], allowe
             continue
         if not theirs.isfinite().all() or not true.isfinite().all() or true.abs().max() > torch.finfo(mine.dtype).max:
             return  # the definition itself has left what the dtype can hold, and so have the gradients after it
+        if band > torch.finfo(mine.dtype).max / 4:
+            continue  # a rounding alone may leave what the dtype can hold
         error, other = (mine.double() - true).abs().max().item(), (theirs.double() - true).abs().max().item()
         assert error <= 2 * other + band, (
             f"result {number}: error {error:.3g}, definition {other:.3g}, {band=:.3g}, {what}"
