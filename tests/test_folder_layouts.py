@@ -126,6 +126,7 @@ DOUBTFUL = {
     "defects deeper down": (["a/b/c/defects/0.png", "a/0.png"], "defects"),
     "a split one level too deep": (["set/a/train/good/0.png"], "train"),
     "tests inside of good": (["a/train/good/test/0.png", "a/test/good/0.png"], "test"),
+    "a class that is called bad": (["bad/good/0.png", "bad/bad/0.png"], "bad"),
     "good inside of bad": (["a/train/good/0.png", "a/test/bad/good/0.png"], "good"),
 }
 

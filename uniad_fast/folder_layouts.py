@@ -69,7 +69,7 @@ def load_folder(root: Path, seed: int, all_good: bool) -> Dataset:
     if _is_class(root):
         return _load_classes(root, [root], seed, notes)
     children = _folders(root)
-    classes = [child for child in children if _is_class(child)]
+    classes = [child for child in children if child.name.lower() not in _NOT_GOOD and _is_class(child)]
     if not classes:
         _refuse_if_doubtful(root)
         return Dataset(root.name, _images(root, root, root.name, GOOD, notes), [], notes)
