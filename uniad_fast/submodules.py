@@ -15,6 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .linear import linear
 
+_GLOBAL_HOOKS = [n for n in vars(_all_modules) if n.startswith("_global_") and n.endswith("_hooks")]
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -26,7 +27,7 @@ def is_plain(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
         and not (
             module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         )
-        and not _all_modules._has_any_global_hook()
+        and not any(getattr(_all_modules, name) for name in _GLOBAL_HOOKS)
         and all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
     )
 

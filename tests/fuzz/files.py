@@ -361,7 +361,11 @@ def check_bundle(case) -> None:
             return
     if differs:  # spaces and the like, which change no value
         assert detector.calibration == _detector().calibration
-    score, _, anomaly_map = detector.predict(np.full((40, 40, 3), 90, np.uint8))
+    try:
+        score, _, anomaly_map = detector.predict(np.full((40, 40, 3), 90, np.uint8))
+    except UniadFastError:  # whoever writes a bundle's tensors can make scores that are not finite
+        assert not differs and (config, tensors) != _bundle()
+        return
     assert np.isfinite(score) and np.isfinite(anomaly_map).all()
     if differs or (config, tensors) == _bundle():
         assert score == _detector().predict(np.full((40, 40, 3), 90, np.uint8)).score

@@ -271,4 +271,5 @@ def check_bad_call(changes) -> None:
     except (ValueError, TypeError) as error:
         assert str(error)
     else:
-        assert out.shape == q.shape and out.isfinite().all()
+        # Beyond, a product of the definition leaves float32.
+        assert out.shape == q.shape and (out.isfinite().all() or abs(arguments["scale"]) > 1e30)
