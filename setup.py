@@ -30,7 +30,7 @@ setup(
         "pillow>=10.3",
         "safetensors>=0.4",
         "ninja>=1.11",  # builds the C++ kernels
-        "scipy>=1.11",
+        "scipy>=1.13",  # the first with numpy 2,
         "tqdm>=4.66",
         "typer>=0.20",
         "filelock>=3.12",

@@ -134,7 +134,7 @@ def _compile(into: Path, name: str, flags: list[str]) -> Path:
         library = into / f"{name}-{_hash(built)}.so"
         os.replace(built, library)
         return library
-    except (RuntimeError, OSError, StopIteration) as error:
+    except (RuntimeError, OSError, StopIteration, subprocess.SubprocessError) as error:
         raise BuildError(f"the C++ kernels do not compile: {error}\nTo have them, {_HOW_TO}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

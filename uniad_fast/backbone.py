@@ -315,6 +315,8 @@ def _size_options(name: str, image_size: int) -> dict[str, Any]:
 
 def stage_channels(name: str, image_size: int) -> list[tuple[int, int, int]]:
     """(feature level, stride, channels) of all that a timm model has."""
+    import timm  # noqa: F401  here, for on the device below torch 2.6 can't import what timm imports
+
     with torch.device("meta"):
         info = _create(name, image_size, None).feature_info
     return list(zip(info.out_indices, info.reduction(), info.channels(), strict=True))

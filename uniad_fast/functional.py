@@ -317,7 +317,7 @@ def _checked_seed(seed: int | Tensor | None, device: torch.device) -> int | Tens
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device_type = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     warn_if_emulated(dtype, device_type)

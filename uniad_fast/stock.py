@@ -64,8 +64,7 @@ def dropout_add_norm(
     """As `reference.dropout_add_norm`, with torch's generator."""
     total = residual + dropout(x, dropout_p, False, seed)
     # Autocast would widen, and its result be narrowed again.
-    known = torch.amp.is_autocast_available(x.device.type)
-    with torch.autocast(x.device.type, enabled=False) if known else contextlib.nullcontext():
+    with contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False):
         return F.layer_norm(total, (x.shape[-1],), weight.to(total.dtype), bias.to(total.dtype), eps)
 
 
@@ -75,12 +74,14 @@ def dropout(x: Tensor, dropout_p: float, relu: bool, seed: int | Tensor | None) 
         return F.dropout(x.relu() if relu else x, dropout_p)
 
 
-@contextlib.contextmanager
-def _seeded(seed: int | Tensor | None, device: torch.device) -> Iterator[None]:
+def _seeded(seed: int | Tensor | None, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Torch's generators as `seed` sets them, put back afterwards; with None, as they are."""
-    if seed is None or device.type == "meta":  # on which nothing is drawn
-        yield
-        return
+    # Nothing is drawn on the meta device; and dynamo takes a generator's context into no graph before torch 2.7.
+    return contextlib.nullcontext() if seed is None or device.type == "meta" else _generator_seeded(seed, device)
+
+
+@contextlib.contextmanager
+def _generator_seeded(seed: int | Tensor, device: torch.device) -> Iterator[None]:
     if _is_recorded():
         raise ValueError(
             "impl='torch' seeds torch's generator, which no tracer records: pass seed=None, or another impl, which "
