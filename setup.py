@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "uniad_fast/__init__.py").read_text())[1]
@@ -19,8 +19,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["uniad_fast", "uniad_fast.studies", "uniad_fast.kernels"],
-    package_data={"uniad_fast.kernels": ["*.cpp", "*.h"]},
+    packages=[
+        *find_packages(include=["uniad_fast", "uniad_fast.*"]),
+        "uniad_fast.kernels",
+        *(f"uniad_fast.kernels.{name}" for name in find_packages("kernels")),
+    ],
+    package_data={"uniad_fast.kernels": ["*.cpp", "*.h"], "uniad_fast.kernels.cpu": ["*.cpp", "*.h"]},
     package_dir={"uniad_fast.kernels": "kernels"},
     install_requires=[
         "torch>=2.6",

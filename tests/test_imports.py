@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "uniad_fast"
+KERNELS = ROOT / "kernels"
 # A file may import from its own layer's earlier files and from lower layers, never from a higher one.
 LAYERS = [
     {"errors", "printable", "noise", "neighborhood", "progress", "signals"},
@@ -44,19 +45,29 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Top-level names of absolute imports, and '.name' for relative ones ('.studies/name'), anywhere in the file."""
+    """What a file imports anywhere in it: top-level names of absolute imports, './wing/name' for those of the package.
+
+    `from .wing import name` is the module `wing/name` where there is one, else `wing`. Of a kernel: './kernels/name'.
+    """
+    top = next((root for root in (PACKAGE, KERNELS) if root in path.parents), None)
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            folder = path.parent if node.level == 1 else path.parent.parent
-            within = "" if folder in (PACKAGE, ROOT / "kernels") else f"{folder.name}/"
-            names = [node.module.replace(".", "/")] if node.module else [a.name for a in node.names]
-            found |= {f".{within}{name}" for name in names}
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and node.level and top:
+            folder = path.parents[node.level - 1] / (node.module or "").replace(".", "/")
+            names = [alias.name for alias in node.names if (folder / alias.name).with_suffix(".py").exists()]
+            targets = [folder / name for name in names] or [folder]
+            prefix = "./kernels/" if top == KERNELS else "./"
+            found |= {prefix + target.relative_to(top).as_posix() for target in targets}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
             found.add(node.module.split(".")[0])
     return found
+
+
+def installed_package() -> Path:
+    """Where `import uniad_fast` finds it from another folder: this tree, or what a wheel has put elsewhere."""
+    return Path(run("import uniad_fast; print(uniad_fast.__path__[0])").strip())
 
 
 def test_the_arrows_of_the_package_point_down():
@@ -66,20 +77,21 @@ def test_the_arrows_of_the_package_point_down():
     seen = 0
     for path in paths:
         for target in imports(path):
-            if target.startswith(".") and target[1:] in layer_of:
+            if target.startswith("./") and not target.startswith("./kernels"):
                 seen += 1
-                assert layer_of[target[1:]] <= layer_of[module_name(path)], f"{module_name(path)} imports {target}"
+                name = target[2:] if target != "./." else "__init__"
+                assert layer_of[name] <= layer_of[module_name(path)], f"{module_name(path)} imports {target}"
     assert seen > 100
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda p: p.stem)
 def test_kernels_import_torch_and_triton_only(path):
     allowed = set(sys.stdlib_module_names) | {"torch", "triton"}
     assert {name for name in imports(path) if not name.startswith(".")} <= allowed
 
 
 def test_nothing_imports_the_kernels_under_their_second_name():
-    for path in [*PACKAGE.glob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "bench").glob("*.py")]:
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]:
         assert "kernels" not in imports(path), f"{path} must import uniad_fast.kernels"
 
 
@@ -111,6 +123,35 @@ def test_it_works_without_triton():
     assert run(code + "print(uniad_fast.neighbor_masked_attention(q, q, q, (4, 5), (3, 3)).shape)").strip()
 
 
-def test_the_installed_package_has_everything():
-    names = run("import uniad_fast as u, uniad_fast.kernels; print(all(hasattr(u, n) for n in u.__all__))")
-    assert names.strip() == "True"
+def test_the_installed_package_has_every_file():
+    """From another folder, so that a wheel is seen if one is installed: a forgotten wing would be missing there."""
+    installed = installed_package()
+    kernels = Path(run("import uniad_fast.kernels as k; print(k.__path__[0])").strip())
+    for source, target in ((PACKAGE, installed), (KERNELS, kernels)):
+        files = [path for suffix in ("*.py", "*.cpp", "*.h") for path in source.rglob(suffix)]
+        assert files
+        assert [f for f in files if not (target / f.relative_to(source)).is_file()] == []
+
+
+def test_every_module_can_be_imported():
+    names = [path.relative_to(PACKAGE.parent).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")]
+    modules = [name.replace("/", ".").removesuffix(".__init__") for name in sorted(names)]
+    assert len(modules) > 40
+    run(f"import importlib; [importlib.import_module(name) for name in {modules}]")
+
+
+def test_the_public_names_work():
+    """The README's use of the ops, on small tensors."""
+    code = """
+import torch, uniad_fast as u
+assert all(hasattr(u, name) for name in u.__all__)
+q = torch.randn(1, 2, 20, 8, requires_grad=True)
+u.neighbor_masked_attention(q, q, q, (4, 5), (3, 3), dropout_p=0.1).sum().backward()
+model = u.UniAD(
+    inplanes=[8], instrides=[4], feature_size=(4, 5), feature_jitter=None, save_recon=None, hidden_dim=8, nhead=2,
+    neighbor_mask={"neighbor_size": (3, 3), "mask": [True] * 3}, pos_embed_type="learned", dim_feedforward=8,
+    initializer={"method": "xavier_uniform"}, num_encoder_layers=1, num_decoder_layers=1,
+)
+print(q.grad.isfinite().all().item(), model.eval()({"feature_align": torch.randn(1, 8, 4, 5)})["pred"].shape)
+"""
+    assert run(code).startswith("True")
