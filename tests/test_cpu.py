@@ -206,7 +206,7 @@ def stand_in_compiler(folder):
     """Compiles nothing but an empty library, in no time."""
     compiler = folder / "c++"
     compiler.write_text(
-        "#!/bin/sh\n[ \"$1\" = --version -o \"$1\" = -v ] && { echo 'g++ 12'; exit; }\n"
+        '#!/bin/sh\n[ "$1" = --version -o "$1" = -v ] && { echo \'g++ 12\'; exit; }\n'
         'for a in "$@"; do case "$last" in -o) out="$a";; -MF) touch "$a";; esac; last="$a"; done\n'
         'case "$out" in *.so) echo "int x;" | exec gcc -shared -x c - -o "$out";; *) touch "$out";; esac\n'
     )
