@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from uniad_fast.neighborhood import Size
+from uniad_fast.ops.geometry import Size
 
 
 @dataclass(frozen=True)

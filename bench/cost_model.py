@@ -16,7 +16,7 @@ from cases import ATTENTION, AttentionCase
 from compiled import CHIPS, Build, Chip, compile_for
 from uniad_fast.kernels.tiles import TileConfig, attention_tile, whole_sequence_tile
 
-from uniad_fast.neighborhood import hidden_keys
+from uniad_fast.ops.geometry import hidden_keys
 
 
 @dataclass(frozen=True)

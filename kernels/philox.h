@@ -1,4 +1,4 @@
-// Counter-based noise: the bits that uniad_fast/noise.py defines, for vectors of rows or of channels.
+// Counter-based noise: the bits that uniad_fast/ops/noise.py defines, for vectors of rows or of channels.
 #pragma once
 
 #include "simd.h"

@@ -1,4 +1,4 @@
-"""Counter-based noise in Triton: the same bits as `uniad_fast.noise` defines, drawn inside a tile.
+"""Counter-based noise in Triton: the same bits as `uniad_fast.ops.noise` defines, drawn inside a tile.
 
 Philox-4x32-10 keyed by a 64-bit seed; a counter is (column group, row, plane, stream). See that file for which bits
 serve which element; here is only how a tile gets them without a shuffle.

@@ -16,7 +16,7 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of the kernels
 
-from uniad_fast.impls import IMPLS
+from uniad_fast.ops.dispatch import IMPLS
 
 BACKBONE = "resnet10t"
 QUICK = ["--backbone", BACKBONE, "--image-size", "64"]

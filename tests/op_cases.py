@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from uniad_fast import jitter_project, neighbor_masked_attention
-from uniad_fast.functional import dropout, dropout_add_norm
-from uniad_fast.impls import IMPLS
-from uniad_fast.linear import linear
+from uniad_fast.ops.dispatch import IMPLS
+from uniad_fast.ops.functional import dropout, dropout_add_norm
+from uniad_fast.ops.linear import linear
 
 GRID, WINDOW = (3, 5), (1, 3)
 ON_GPU = torch.cuda.is_available()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from uniad_fast import NeighborMaskedAttention
-from uniad_fast.neighborhood import hidden_keys
+from uniad_fast.ops.geometry import hidden_keys
 
 GRID, WINDOW, TOKENS = (4, 6), (3, 3), 24
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from uniad_fast.kernels import build, cpu
 
-from uniad_fast import UniAD, impls, jitter_project, neighbor_masked_attention
-from uniad_fast.functional import dropout, dropout_add_norm
+from uniad_fast import UniAD, jitter_project, neighbor_masked_attention
+from uniad_fast.ops import dispatch as impls
+from uniad_fast.ops.functional import dropout, dropout_add_norm
 from uniad_fast.testing import assert_within_budget
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import impls_and_dtypes
 
-from uniad_fast import jitter_project, noise
-from uniad_fast.impls import IMPLS
+from uniad_fast import jitter_project
+from uniad_fast.ops import noise
+from uniad_fast.ops.dispatch import IMPLS
 from uniad_fast.testing import assert_within_budget
 
 IMPL = pytest.mark.parametrize("impl", IMPLS)

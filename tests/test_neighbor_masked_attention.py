@@ -9,8 +9,8 @@ from conftest import impls_and_dtypes
 from op_cases import device_of
 
 from uniad_fast import neighbor_masked_attention
-from uniad_fast.impls import IMPLS
-from uniad_fast.neighborhood import has_query_without_key
+from uniad_fast.ops.dispatch import IMPLS
+from uniad_fast.ops.geometry import has_query_without_key
 from uniad_fast.testing import assert_within_budget
 
 SHAPES = [

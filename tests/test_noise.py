@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from uniad_fast import noise
+from uniad_fast.ops import noise
 
 CPU = torch.device("cpu")
 

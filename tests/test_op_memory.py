@@ -6,7 +6,7 @@ import pytest
 import torch
 from op_cases import KERNELS, LINEAR, NAMED_OPS, device_of, layouts
 
-from uniad_fast.impls import IMPLS
+from uniad_fast.ops.dispatch import IMPLS
 
 # It is slow; dropout changes nothing about memory, and launchers take strides of one axis as they take another's.
 _IN_THE_INTERPRETER = {

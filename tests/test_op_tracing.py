@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from uniad_fast import neighbor_masked_attention
-from uniad_fast.impls import IMPLS
+from uniad_fast.ops.dispatch import IMPLS
 
 NAME = pytest.mark.parametrize("name", NAMED_OPS)
 KERNEL = pytest.mark.parametrize("impl", KERNELS)

@@ -6,8 +6,9 @@ import inspect
 import pytest
 import torch
 
-from uniad_fast import jitter_project, neighbor_masked_attention, registered
-from uniad_fast.functional import dropout, dropout_add_norm
+from uniad_fast import jitter_project, neighbor_masked_attention
+from uniad_fast.ops import registered
+from uniad_fast.ops.functional import dropout, dropout_add_norm
 
 pytest.importorskip("triton")
 DEVICES = {"triton": torch.device("cuda" if torch.cuda.is_available() else "cpu"), "cpu": torch.device("cpu")}

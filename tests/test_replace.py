@@ -13,7 +13,7 @@ from torch import nn
 
 from uniad_fast import fast_attention, replace_attention, restore_attention
 from uniad_fast.masks import Other, Window, identify_mask
-from uniad_fast.neighborhood import hidden_keys
+from uniad_fast.ops.geometry import hidden_keys
 
 MODELS = {
     "encoder_decoder": (lambda p: zoo.EncoderDecoder(dropout=p), (35, 2, 32), 6, 0),

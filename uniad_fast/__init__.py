@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from .attention import NeighborMaskedAttention
-from .functional import jitter_project, neighbor_masked_attention
 from .model import UniAD
+from .ops.functional import jitter_project, neighbor_masked_attention
 from .replace import fast_attention, replace_attention, restore_attention
 
 if TYPE_CHECKING:

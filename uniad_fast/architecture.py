@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from .errors import UniadFastError
-from .functional import size_pair
 from .model import UniAD
-from .neighborhood import Size
+from .ops.functional import size_pair
+from .ops.geometry import Size
 from .recipes import Recipe
 from .state_dicts import StateDict, WeightsError
 from .transformer import DecoderLayer

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from .functional import neighbor_masked_attention, size_pair
-from .impls import check_impl
-from .linear import linear
-from .neighborhood import Size, has_query_without_key
+from .ops.dispatch import check_impl
+from .ops.functional import neighbor_masked_attention, size_pair
+from .ops.geometry import Size, has_query_without_key
+from .ops.linear import linear
 from .submodules import apply_linear
 
 
@@ -67,7 +67,7 @@ class NeighborMaskedAttention(Projections):
         embed_dim, num_heads, dropout, bias, batch_first: as in `nn.MultiheadAttention`.
         feature_size: (height, width) of the token grid; sequences have height * width tokens, row by row.
         neighbor_size: (h, w) of the hidden window in tokens (an even n acts as n + 1), or None to hide nothing.
-        impl: implementation of the op, see `uniad_fast.functional`.
+        impl: implementation of the op, see `uniad_fast.ops.functional`.
 
     Raises:
         ValueError: a size is out of range, or the window covers the grid so that a query has no key left.

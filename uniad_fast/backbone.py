@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .efficientnet import has_public_names, pad_as_for, public_names
 from .errors import UniadFastError
-from .neighborhood import Size
+from .ops.geometry import Size
 from .printable import printable
 from .state_dicts import (
     StateDict,

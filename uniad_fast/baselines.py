@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .initialize import initialize
 from .model import UniAD
-from .neighborhood import Size
+from .ops.geometry import Size
 from .reconstruction import Reconstructor
 
 

@@ -25,8 +25,8 @@ from .datasets import load_dataset
 from .errors import UniadFastError
 from .features import Features, cached_features
 from .images import ImageLike, as_image, to_tensor
-from .impls import check_impl
 from .model import UniAD
+from .ops.dispatch import check_impl
 from .printable import printable, printable_lines
 from .public_config import read_config
 from .recipes import RECIPES, Recipe
@@ -74,7 +74,7 @@ class AnomalyDetector:
         held_out: share of the good images kept from training to set the threshold.
         seed: of initial values, batch order, noise and the held-out choice.
         device: torch device; None takes a GPU if there is one.
-        impl: implementation of the model's ops, see `uniad_fast.functional`.
+        impl: implementation of the model's ops, see `uniad_fast.ops.functional`.
         cache_dir: where features are kept, see `uniad_fast.features`.
 
     Raises:

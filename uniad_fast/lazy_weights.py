@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .masks import Window
-from .neighborhood import hidden_keys
-from .noise import keep_mask
+from .ops.geometry import hidden_keys
+from .ops.noise import keep_mask
 
 
 def attention_weights(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .files import atomic_path
-from .functional import jitter_project, size_pair
 from .initialize import initialize
-from .neighborhood import Size
+from .ops.functional import jitter_project, size_pair
+from .ops.geometry import Size
 from .position import position_embedding
 from .printable import file_name
 from .reconstruction import Reconstructor
@@ -41,7 +41,7 @@ class UniAD(Reconstructor):
         query_embedding: decoder layers with a learned query: "every" (the paper's layer-wise query decoder), "first",
             or "none". The latter two are the plain Transformer's decoder, in which a layer attends to what comes in,
             then to the encoder's output; what comes in first is the learned query, or the encoder's output.
-        impl: implementation of both ops, see `uniad_fast.functional`.
+        impl: implementation of both ops, see `uniad_fast.ops.functional`.
 
     Raises:
         ValueError: an argument is out of range, or the window leaves some query without a key.

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Projections
-from .functional import neighbor_masked_attention, size_pair
-from .impls import check_impl
 from .lazy_weights import LazyWeights, attention_weights
 from .mask_cache import CachedMask, generates_masks
 from .masks import MaskMemory, Other, Window
-from .neighborhood import Size, neighborhood_radius
-from .noise import draw_seed
+from .ops.dispatch import check_impl
+from .ops.functional import neighbor_masked_attention, size_pair
+from .ops.geometry import Size, neighborhood_radius
+from .ops.noise import draw_seed
 
 
 @dataclass
@@ -214,7 +214,7 @@ def replace_attention(
         model: changed in place.
         feature_size: (height, width) of the only grid to serve; None tries every grid of a mask's N tokens.
         neighbor_size: the only window to serve (needs `feature_size`); None serves any.
-        impl: implementation of the op, see `uniad_fast.functional`.
+        impl: implementation of the op, see `uniad_fast.ops.functional`.
         strict: raise ValueError wherever something would be left alone.
 
     Returns:

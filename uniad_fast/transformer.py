@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import NeighborMaskedAttention
-from .functional import dropout, dropout_add_norm
 from .kept import Kept
-from .linear import linear
-from .neighborhood import Size
+from .ops.functional import dropout, dropout_add_norm
+from .ops.geometry import Size
+from .ops.linear import linear
 from .submodules import apply_linear, call_attention, is_plain, pending_dropout, whole_table
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "glu": F.glu}

@@ -19,7 +19,7 @@ from .detector import AnomalyDetector
 from .efficientnet import has_public_names, native_size, public_names, recognize
 from .files import atomic_path
 from .model import UniAD
-from .neighborhood import Size
+from .ops.geometry import Size
 from .printable import printable
 from .public_config import PublicConfig, check_stored_network, read_config
 from .recipes import PAPER

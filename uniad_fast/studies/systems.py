@@ -7,7 +7,7 @@ from typing import Any
 from ..architecture import Architecture, build_model, zero_blocks
 from ..baselines import CNN, MLP, PlainTransformer
 from ..errors import UniadFastError
-from ..neighborhood import Size
+from ..ops.geometry import Size
 from ..recipes import Recipe
 from ..reconstruction import Reconstructor
 

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, reference, stock
-from .impls import KERNELS, attention_problem, choose_impl
-from .neighborhood import Size
+from ..precision import warn_if_emulated
+from . import autograd, reference
+from . import torch_impl as stock
+from .dispatch import KERNELS, attention_problem, choose_impl
+from .geometry import Size
 from .noise import draw_seed, drawable
-from .precision import warn_if_emulated
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -10,17 +10,17 @@ from torch import Tensor
 def launch(impl: str) -> ModuleType:
     """The launchers of "triton" or "cpu", which take the same arguments; imported by the first call that needs them."""
     if impl == "cpu":
-        from .kernels import cpu
+        from ..kernels import cpu
 
         return cpu
-    from .kernels import launch
+    from ..kernels import launch
 
     return launch
 
 
 def cpu_pays() -> bool:
     """Whether the C++ kernels are the fastest way on this processor."""
-    from .kernels import build
+    from ..kernels import build
 
     return build.PAYS
 

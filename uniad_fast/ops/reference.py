@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .neighborhood import Size, hidden_keys
+from .geometry import Size, hidden_keys
 from .noise import jitter_normals, jittered_tokens, keep_mask
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .neighborhood import Size, additive_mask, has_query_without_key, queries_with_keys
+from .geometry import Size, additive_mask, has_query_without_key, queries_with_keys
 
 
 def neighbor_masked_attention(

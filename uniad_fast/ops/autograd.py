@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import registered
-from .neighborhood import Size, is_traced, neighborhood_radius
+from .geometry import Size, is_traced, neighborhood_radius
 
 
 def neighbor_masked_attention(

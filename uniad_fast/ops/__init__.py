@@ -1,0 +1,1 @@
+"""What is fast: the ops, their definition, and which implementation serves a call."""
