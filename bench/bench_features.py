@@ -5,7 +5,7 @@ import timm
 import torch
 from conftest import synchronized_clock
 
-from uniad_fast.backbone import Backbone
+from uniad_fast.models.backbone import Backbone
 
 BATCH = 8
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from uniad_fast.backbone import Backbone
+from uniad_fast.models.backbone import Backbone
 from uniad_fast.state_dicts import WeightsError, packaged_backbone_weights, read_state_dict
 
 LITE0 = "tf_efficientnet_lite0"

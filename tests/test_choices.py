@@ -12,13 +12,13 @@ from torch import nn
 
 from uniad_fast import AnomalyDetector, optimization
 from uniad_fast import detector as detector_module
-from uniad_fast.architecture import build_model
-from uniad_fast.backbone import Backbone
 from uniad_fast.calibration import calibrate
 from uniad_fast.images import to_tensor
+from uniad_fast.models.architecture import build_model
+from uniad_fast.models.backbone import Backbone
+from uniad_fast.models.transformer import _Layer
 from uniad_fast.recipes import FAST
 from uniad_fast.training import channel_statistics, train
-from uniad_fast.transformer import _Layer
 
 
 @pytest.mark.parametrize("normalize_before", [False, True])

@@ -9,8 +9,8 @@ import pytest
 from conftest import save, striped_picture
 
 from uniad_fast import features
-from uniad_fast.backbone import Backbone
 from uniad_fast.features import cached_features
+from uniad_fast.models.backbone import Backbone
 
 
 @pytest.fixture(scope="module")

@@ -339,8 +339,8 @@ def test_files_have_the_mode_of_other_files(bundle, tmp_path):
 
 def test_images_that_failed_for_a_passing_reason_are_tried_again(backbone_weights, photos, tmp_path, monkeypatch):
     from uniad_fast import image_batches
-    from uniad_fast.backbone import Backbone
     from uniad_fast.features import cached_features
+    from uniad_fast.models.backbone import Backbone
 
     backbone = Backbone.pretrained("resnet10t", 64, backbone_weights)
     paths, read = sorted(photos.iterdir()), image_batches.read_bytes
@@ -372,8 +372,8 @@ def test_images_that_failed_for_a_passing_reason_are_tried_again(backbone_weight
 
 
 def test_a_cache_names_the_files_of_this_run(backbone_weights, photos, tmp_path):
-    from uniad_fast.backbone import Backbone
     from uniad_fast.features import cached_features
+    from uniad_fast.models.backbone import Backbone
 
     backbone = Backbone.pretrained("resnet10t", 64, backbone_weights)
     (photos / "4.png").write_text("junk")

@@ -11,11 +11,11 @@ from conftest import QUICK
 from typer.testing import CliRunner
 
 from uniad_fast import AnomalyDetector
-from uniad_fast.architecture import Architecture
-from uniad_fast.backbone import Backbone
 from uniad_fast.calibration import Calibration, threshold_for, whitening_of
 from uniad_fast.cli import app
 from uniad_fast.errors import UniadFastError
+from uniad_fast.models.architecture import Architecture
+from uniad_fast.models.backbone import Backbone
 from uniad_fast.recipes import FAST, Recipe
 from uniad_fast.state_dicts import WeightsError
 from uniad_fast.training import Diverged, Patience, channel_statistics, train

@@ -5,8 +5,9 @@ import warnings
 import pytest
 import torch
 
-from uniad_fast import neighbor_masked_attention, precision
-from uniad_fast.precision import autocast, computes_in_bfloat16
+from uniad_fast import neighbor_masked_attention
+from uniad_fast.models import precision
+from uniad_fast.models.precision import autocast, computes_in_bfloat16
 
 
 @pytest.fixture(autouse=True)

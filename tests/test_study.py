@@ -15,12 +15,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from uniad_fast import AnomalyDetector
-from uniad_fast.backbone import Backbone
 from uniad_fast.cli import app
 from uniad_fast.data import DataError, Dataset
 from uniad_fast.datasets import load_dataset
 from uniad_fast.evaluation import evaluate
 from uniad_fast.files import locked
+from uniad_fast.models.backbone import Backbone
 from uniad_fast.recipes import FAST
 from uniad_fast.studies import study, trial
 from uniad_fast.studies.data import StudyData

@@ -269,7 +269,7 @@ def test_a_strided_bias():
 
 
 def test_an_encoder_projects_query_and_key_in_one_product(monkeypatch):
-    from uniad_fast import attention
+    from uniad_fast.models import attention
 
     calls = []
     linear = attention.linear

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from uniad_fast import optimization
-from uniad_fast.architecture import Architecture, build_model
+from uniad_fast.models.architecture import Architecture, build_model
 from uniad_fast.recipes import FAST, PAPER
 from uniad_fast.training import ResumeError, channel_statistics, train
 

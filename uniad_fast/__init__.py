@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .attention import NeighborMaskedAttention
-from .model import UniAD
+from .models.attention import NeighborMaskedAttention
+from .models.uniad import UniAD
 from .ops.functional import jitter_project, neighbor_masked_attention
 from .replace import fast_attention, replace_attention, restore_attention
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .initialize import initialize
-from .model import UniAD
+from .models.initializers import initialize
+from .models.reconstructor import Reconstructor
+from .models.uniad import UniAD
 from .ops.geometry import Size
-from .reconstruction import Reconstructor
 
 
 class MLP(Reconstructor):

@@ -16,8 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from . import scoring
-from .architecture import PAPER_ARCHITECTURE, Architecture, build_model
-from .backbone import Backbone, usable_device
 from .bundle import BundleError, read_bundle, write_bundle
 from .calibration import Calibration, calibrate, fit_score
 from .data import DataError, Dataset, Sample, hold_out
@@ -25,7 +23,9 @@ from .datasets import load_dataset
 from .errors import UniadFastError
 from .features import Features, cached_features
 from .images import ImageLike, as_image, to_tensor
-from .model import UniAD
+from .models.architecture import PAPER_ARCHITECTURE, Architecture, build_model
+from .models.backbone import Backbone, usable_device
+from .models.uniad import UniAD
 from .ops.dispatch import check_impl
 from .printable import printable, printable_lines
 from .public_config import read_config

@@ -17,7 +17,7 @@ from .detector import AnomalyDetector
 from .image_batches import read_batches
 from .images import UnreadableImage, read_mask
 from .metrics import DETECTION, LOCALISATION, detection_metrics, localisation_metrics
-from .model import save_reconstructions
+from .models.uniad import save_reconstructions
 from .printable import printable
 from .progress import progress
 from .scoring import Scorer, image_scores, to_maps

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .backbone import Backbone
 from .errors import UniadFastError
 from .files import atomic_path, locked, sha256_of_file
 from .image_batches import Failure, ImageBatch, read_batches
+from .models.backbone import Backbone
 from .printable import printable
 from .progress import progress
 from .signals import stop_if_asked

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .architecture import Architecture
 from .errors import UniadFastError
-from .model import UniAD
+from .models.architecture import Architecture
+from .models.uniad import UniAD
 from .printable import printable
 from .recipes import PAPER, Recipe
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import Projections
 from .lazy_weights import LazyWeights, attention_weights
 from .mask_cache import CachedMask, generates_masks
 from .masks import MaskMemory, Other, Window
+from .models.attention import Projections
 from .ops.dispatch import check_impl
 from .ops.functional import neighbor_masked_attention, size_pair
 from .ops.geometry import Size, neighborhood_radius

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbone import Backbone
 from .errors import UniadFastError
-from .precision import autocast
-from .reconstruction import Reconstructor
+from .models.backbone import Backbone
+from .models.precision import autocast
+from .models.reconstructor import Reconstructor
 
 SCORES = ("l2", "whitened", "relative")
 IMAGE_SCORES = ("max", "mean", "std")
@@ -31,7 +31,7 @@ class Scorer(nn.Module):
     Args:
         backbone, model: frozen features and the network that reconstructs them.
         image_size: S, of the images and of the maps.
-        precision: of the model, see `uniad_fast.precision`; the backbone is float32.
+        precision: of the model, see `uniad_fast.models.precision`; the backbone is float32.
         score: one of `SCORES`. All but "l2" need `uniad_fast.calibration.fit_score`, which sets the buffers `whitening`
             (until then the identity) and `typical` (ones).
 

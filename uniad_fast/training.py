@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from . import optimization
 from .errors import UniadFastError
 from .files import atomic_path
-from .precision import autocast, computes_in_bfloat16
+from .models.precision import autocast, computes_in_bfloat16
+from .models.reconstructor import Reconstructor
 from .progress import progress
 from .recipes import Recipe
-from .reconstruction import Reconstructor
 from .signals import asked_to_stop, stop_if_asked
 
 LOG_FIELDS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "seconds")

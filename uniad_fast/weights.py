@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from .architecture import build_model, read_architecture
-from .backbone import Backbone, stage_channels
 from .detector import AnomalyDetector
-from .efficientnet import has_public_names, native_size, public_names, recognize
 from .files import atomic_path
-from .model import UniAD
+from .models.architecture import build_model, read_architecture
+from .models.backbone import Backbone, stage_channels
+from .models.efficientnet import has_public_names, native_size, public_names, recognize
+from .models.uniad import UniAD
 from .ops.geometry import Size
 from .printable import printable
 from .public_config import PublicConfig, check_stored_network, read_config

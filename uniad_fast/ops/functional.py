@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..precision import warn_if_emulated
+from ..models.precision import warn_if_emulated
 from . import autograd, reference
 from . import torch_impl as stock
 from .dispatch import KERNELS, attention_problem, choose_impl

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..backbone import Backbone, usable_device
 from ..cli_options import CacheDirectory, DataArgument, Device, ImageRoot, Quiet, Seed, finish, reports_errors, say
 from ..datasets import load_dataset
 from ..files import atomic_path
+from ..models.backbone import Backbone, usable_device
 from ..signals import Stopped
 from .data import StudyData
 from .digits import write_digits

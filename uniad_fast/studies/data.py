@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backbone import Backbone
 from ..data import DataError, Dataset, Sample
 from ..features import cached_features
 from ..files import sha256_of_file
 from ..images import list_images, read_mask
+from ..models.backbone import Backbone
 
 
 @dataclass(frozen=True)

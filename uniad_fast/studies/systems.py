@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..architecture import Architecture, build_model, zero_blocks
 from ..baselines import CNN, MLP, PlainTransformer
 from ..errors import UniadFastError
+from ..models.architecture import Architecture, build_model, zero_blocks
+from ..models.reconstructor import Reconstructor
 from ..ops.geometry import Size
 from ..recipes import Recipe
-from ..reconstruction import Reconstructor
 
 NETWORKS = ("uniad", "mlp", "cnn", "transformer")
 

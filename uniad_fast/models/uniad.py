@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .files import atomic_path
-from .initialize import initialize
-from .ops.functional import jitter_project, size_pair
-from .ops.geometry import Size
+from ..files import atomic_path
+from ..ops.functional import jitter_project, size_pair
+from ..ops.geometry import Size
+from ..printable import file_name
+from .initializers import initialize
 from .position import position_embedding
-from .printable import file_name
-from .reconstruction import Reconstructor
+from .reconstructor import Reconstructor
 from .submodules import apply_linear, is_plain
 from .transformer import Transformer
 
@@ -35,7 +35,7 @@ class UniAD(Reconstructor):
         hidden_dim: width C of the transformer.
         pos_embed_type: "learned" or "sine".
         save_recon: {"save_dir"} or None, kept for the caller: see `save_reconstructions`.
-        initializer: {"method", ...} as in `uniad_fast.initialize`; None is {"method": "normal", "std": 0.01}.
+        initializer: {"method", ...} as in `uniad_fast.models.initializers`; None is {"method": "normal", "std": 0.01}.
         nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout, activation, normalize_before:
             of the transformer.
         query_embedding: decoder layers with a learned query: "every" (the paper's layer-wise query decoder), "first",

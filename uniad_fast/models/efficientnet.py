@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .state_dicts import StateDict, WeightsError
+from ..state_dicts import StateDict, WeightsError
 
 # timm name: (blocks, side in pixels of the images it was made for)
 _MODELS = {

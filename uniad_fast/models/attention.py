@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from .ops.dispatch import check_impl
-from .ops.functional import neighbor_masked_attention, size_pair
-from .ops.geometry import Size, has_query_without_key
-from .ops.linear import linear
+from ..ops.dispatch import check_impl
+from ..ops.functional import neighbor_masked_attention, size_pair
+from ..ops.geometry import Size, has_query_without_key
+from ..ops.linear import linear
 from .submodules import apply_linear
 
 

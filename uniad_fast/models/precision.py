@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import torch
 
-from .errors import UniadFastError
+from ..errors import UniadFastError
 
 PRECISIONS = ("float32", "bfloat16", "auto")
 

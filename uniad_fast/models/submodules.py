@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _all_modules
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .ops.linear import linear
+from ..ops.linear import linear
 
 _GLOBAL_HOOKS = [n for n in vars(_all_modules) if n.startswith("_global_") and n.endswith("_hooks")]
 _Module = TypeVar("_Module", bound=nn.Module)

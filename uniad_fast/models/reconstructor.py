@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops.functional import size_pair
-from .ops.geometry import Size
+from ..ops.functional import size_pair
+from ..ops.geometry import Size
 
 
 class Reconstructor(nn.Module):

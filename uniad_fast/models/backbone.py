@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .efficientnet import has_public_names, pad_as_for, public_names
-from .errors import UniadFastError
-from .ops.geometry import Size
-from .printable import printable
-from .state_dicts import (
+from ..errors import UniadFastError
+from ..ops.geometry import Size
+from ..printable import printable
+from ..state_dicts import (
     StateDict,
     WeightsError,
     check_state_dict,
@@ -26,6 +25,7 @@ from .state_dicts import (
     packaged_backbone_weights,
     read_state_dict,
 )
+from .efficientnet import has_public_names, pad_as_for, public_names
 
 _COARSEST_STRIDE = 16
 _SECONDS_TO_ANSWER = 5

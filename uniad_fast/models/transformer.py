@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.functional import dropout, dropout_add_norm
+from ..ops.geometry import Size
+from ..ops.linear import linear
 from .attention import NeighborMaskedAttention
-from .kept import Kept
-from .ops.functional import dropout, dropout_add_norm
-from .ops.geometry import Size
-from .ops.linear import linear
+from .parameter_cache import Kept
 from .submodules import apply_linear, call_attention, is_plain, pending_dropout, whole_table
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "glu": F.glu}

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .ops.geometry import Size
+from ..ops.geometry import Size
 from .submodules import whole_table
 
 

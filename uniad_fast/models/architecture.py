@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from .errors import UniadFastError
-from .model import UniAD
-from .ops.functional import size_pair
-from .ops.geometry import Size
-from .recipes import Recipe
-from .state_dicts import StateDict, WeightsError
+from ..errors import UniadFastError
+from ..ops.functional import size_pair
+from ..ops.geometry import Size
+from ..recipes import Recipe
+from ..state_dicts import StateDict, WeightsError
 from .transformer import DecoderLayer
+from .uniad import UniAD
 
 
 @dataclass(frozen=True)

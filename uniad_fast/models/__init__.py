@@ -1,0 +1,1 @@
+"""Networks: modules and parameters; never an image, never a file of a user's."""
