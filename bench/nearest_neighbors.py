@@ -11,7 +11,7 @@ import argparse
 import numpy as np
 import torch
 
-from uniad_fast.datasets import load_dataset
+from uniad_fast.data.datasets import load_dataset
 from uniad_fast.metrics import detection_metrics
 from uniad_fast.models.backbone import Backbone
 from uniad_fast.scoring import IMAGE_SCORES, image_scores, to_maps

@@ -13,7 +13,7 @@ from torch import nn
 from uniad_fast import AnomalyDetector, optimization
 from uniad_fast import detector as detector_module
 from uniad_fast.calibration import calibrate
-from uniad_fast.images import to_tensor
+from uniad_fast.data.images import to_tensor
 from uniad_fast.models.architecture import build_model
 from uniad_fast.models.backbone import Backbone
 from uniad_fast.models.transformer import _Layer

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from uniad_fast.cli import app
-from uniad_fast.images import list_images
+from uniad_fast.data.images import list_images
 
 
 def call(*arguments, code=0):

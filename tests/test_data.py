@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import save
 
-from uniad_fast.data import DataError, Sample, hold_out
-from uniad_fast.datasets import load_dataset
+from uniad_fast.data.datasets import load_dataset
+from uniad_fast.data.samples import DataError, Sample, hold_out
 
 PICTURE = np.zeros((4, 4, 3), dtype=np.uint8)
 

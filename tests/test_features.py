@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import save, striped_picture
 
-from uniad_fast import features
-from uniad_fast.features import cached_features
+from uniad_fast.data.feature_cache import cached_features
+from uniad_fast.data.samples import feature_cache as features
 from uniad_fast.models.backbone import Backbone
 
 
@@ -46,7 +46,7 @@ def extracted_images(monkeypatch):
 def test_rows_are_the_backbones_features(extract, backbone, paths):
     found = extract(paths)
     assert found.tokens.shape == (7, 16, backbone.channels) and found.used == list(range(7))
-    from uniad_fast.images import read_image, to_tensor
+    from uniad_fast.data.images import read_image, to_tensor
 
     expected = backbone(to_tensor(read_image(paths[3]), 64)[None]).flatten(2).transpose(1, 2)[0]
     np.testing.assert_allclose(found.tokens[3], expected.numpy(), rtol=1e-4, atol=1e-5)

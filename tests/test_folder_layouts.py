@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from uniad_fast.data import DataError
-from uniad_fast.datasets import composition, load_dataset
+from uniad_fast.data.datasets import composition, load_dataset
+from uniad_fast.data.samples import DataError
 
 
 def tree(root, *paths):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from uniad_fast.images import UnreadableImage, as_image, list_images, read_image, read_mask, to_rgb, to_tensor
+from uniad_fast.data.images import UnreadableImage, as_image, list_images, read_image, read_mask, to_rgb, to_tensor
 
 RAMP = np.linspace(0, 255, 12, dtype=np.uint8).reshape(3, 4)
 
@@ -274,7 +274,7 @@ def test_samples_of_few_bits_in_sixteen_are_remarked_on(tmp_path):
 
 
 def test_large_images_can_be_allowed(tmp_path, monkeypatch):
-    from uniad_fast.images import allow_pixels
+    from uniad_fast.data.images import allow_pixels
 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     Image.new("RGB", (20, 20)).save(tmp_path / "large.png")
@@ -285,7 +285,7 @@ def test_large_images_can_be_allowed(tmp_path, monkeypatch):
 
 
 def test_whether_a_failure_may_pass(tmp_path, monkeypatch):
-    from uniad_fast import images
+    from uniad_fast.data.samples import images
 
     def passing(path):
         with pytest.raises(UnreadableImage) as caught:

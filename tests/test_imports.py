@@ -12,17 +12,17 @@ PACKAGE = ROOT / "uniad_fast"
 KERNELS = ROOT / "kernels"
 # A file may import from its own layer's earlier files and from lower layers, never from a higher one.
 LAYERS = [
-    {"models/__init__", "ops/__init__", "errors", "printable", "ops/noise", "ops/geometry", "progress", "signals"},
-    {"files", "images", "metrics", "models/precision"},
+    {"data/__init__", "models/__init__", "ops/__init__", "errors", "printable", "ops/noise", "ops/geometry", "progress", "signals"},
+    {"files", "data/images", "metrics", "models/precision"},
     {"recipes", "models/initializers", "ops/registered", "models/parameter_cache"},
     {"optimization"},
     {"ops/dispatch", "ops/reference", "ops/torch_impl", "ops/autograd", "masks", "lazy_weights", "mask_cache"},
-    {"state_dicts", "models/efficientnet", "data", "heatmap", "bundle", "image_batches"},
-    {"ops/functional", "ops/linear", "folder_layouts", "metadata"},
-    {"datasets"},
+    {"state_dicts", "models/efficientnet", "data/samples", "heatmap", "bundle", "data/image_batches"},
+    {"ops/functional", "ops/linear", "data/folder_layouts", "data/metadata"},
+    {"data/datasets"},
     {"models/submodules", "models/position"},
     {"models/reconstructor", "models/attention", "models/backbone", "testing"},
-    {"models/transformer", "features"},
+    {"models/transformer", "data/feature_cache"},
     {"models/uniad", "replace"},
     {"baselines", "models/architecture", "scoring", "training", "doctor"},
     {"calibration", "public_config"},

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 from uniad_fast import files, report, signals
 from uniad_fast.cli import app
+from uniad_fast.data.image_batches import read_batches
 from uniad_fast.files import atomic_directory, atomic_path, locked, sweep
-from uniad_fast.image_batches import read_batches
 
 
 def call(*arguments, code=0):
@@ -338,8 +338,8 @@ def test_files_have_the_mode_of_other_files(bundle, tmp_path):
 
 
 def test_images_that_failed_for_a_passing_reason_are_tried_again(backbone_weights, photos, tmp_path, monkeypatch):
-    from uniad_fast import image_batches
-    from uniad_fast.features import cached_features
+    from uniad_fast.data.feature_cache import cached_features
+    from uniad_fast.data.samples import image_batches
     from uniad_fast.models.backbone import Backbone
 
     backbone = Backbone.pretrained("resnet10t", 64, backbone_weights)
@@ -372,7 +372,7 @@ def test_images_that_failed_for_a_passing_reason_are_tried_again(backbone_weight
 
 
 def test_a_cache_names_the_files_of_this_run(backbone_weights, photos, tmp_path):
-    from uniad_fast.features import cached_features
+    from uniad_fast.data.feature_cache import cached_features
     from uniad_fast.models.backbone import Backbone
 
     backbone = Backbone.pretrained("resnet10t", 64, backbone_weights)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from uniad_fast.data import DataError
-from uniad_fast.datasets import load_dataset
+from uniad_fast.data.datasets import load_dataset
+from uniad_fast.data.samples import DataError
 
 LINE = '{{"filename": "cup/{}.png", "label": {}, "label_name": "crack", "clsname": "cup é"}}'
 GOOD_AND_BAD = LINE.format("a", 0) + "\n" + LINE.format("b", 1) + "\n"

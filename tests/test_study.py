@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from uniad_fast import AnomalyDetector
 from uniad_fast.cli import app
-from uniad_fast.data import DataError, Dataset
-from uniad_fast.datasets import load_dataset
+from uniad_fast.data.datasets import load_dataset
+from uniad_fast.data.samples import DataError, Dataset
 from uniad_fast.evaluation import evaluate
 from uniad_fast.files import locked
 from uniad_fast.models.backbone import Backbone

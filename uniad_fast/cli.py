@@ -34,8 +34,8 @@ from .cli_options import (
     reports_errors,
     say,
 )
-from .data import DataError, Dataset
-from .datasets import composition, load_dataset
+from .data.datasets import composition, load_dataset
+from .data.samples import DataError, Dataset
 from .demo import picture_most_defective, thin_out
 from .detector import AnomalyDetector
 from .doctor import diagnose

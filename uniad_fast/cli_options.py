@@ -51,7 +51,7 @@ FalseAlarmRate = Annotated[float, typer.Option(help="Share of good images that m
 
 def _allow_pixels(pixels: int | None) -> int | None:
     if pixels is not None:
-        from .images import allow_pixels
+        from .data.images import allow_pixels
 
         allow_pixels(pixels)
     return pixels

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from .data import Dataset, Sample
+from .data.images import read_image
+from .data.samples import Dataset, Sample
 from .detector import AnomalyDetector
 from .evaluation import Evaluation
 from .heatmap import heat_map
-from .images import read_image
 from .printable import file_name
 from .report import write_png
 

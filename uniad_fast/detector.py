@@ -18,11 +18,11 @@ from torch import Tensor
 from . import scoring
 from .bundle import BundleError, read_bundle, write_bundle
 from .calibration import Calibration, calibrate, fit_score
-from .data import DataError, Dataset, Sample, hold_out
-from .datasets import load_dataset
+from .data.datasets import load_dataset
+from .data.feature_cache import Features, cached_features
+from .data.images import ImageLike, as_image, to_tensor
+from .data.samples import DataError, Dataset, Sample, hold_out
 from .errors import UniadFastError
-from .features import Features, cached_features
-from .images import ImageLike, as_image, to_tensor
 from .models.architecture import PAPER_ARCHITECTURE, Architecture, build_model
 from .models.backbone import Backbone, usable_device
 from .models.uniad import UniAD
@@ -75,7 +75,7 @@ class AnomalyDetector:
         seed: of initial values, batch order, noise and the held-out choice.
         device: torch device; None takes a GPU if there is one.
         impl: implementation of the model's ops, see `uniad_fast.ops.functional`.
-        cache_dir: where features are kept, see `uniad_fast.features`.
+        cache_dir: where features are kept, see `uniad_fast.data.feature_cache`.
 
     Raises:
         UniadFastError: an argument is out of range, or there is no such device.

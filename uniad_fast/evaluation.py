@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .data import DataError, Sample
+from .data.image_batches import read_batches
+from .data.images import UnreadableImage, read_mask
+from .data.samples import DataError, Sample
 from .detector import AnomalyDetector
-from .image_batches import read_batches
-from .images import UnreadableImage, read_mask
 from .metrics import DETECTION, LOCALISATION, detection_metrics, localisation_metrics
 from .models.uniad import save_reconstructions
 from .printable import printable

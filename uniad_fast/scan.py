@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .data import DataError
+from .data.image_batches import read_batches
+from .data.images import UnreadableImage, find_images, read_image
+from .data.samples import DataError
 from .detector import AnomalyDetector
 from .heatmap import heat_map
-from .image_batches import read_batches
-from .images import UnreadableImage, find_images, read_image
 from .printable import printable
 from .progress import progress
 from .report import ScoreFiles, write_png

@@ -22,11 +22,11 @@ from PIL import Image
 
 from uniad_fast import AnomalyDetector, UniAD, weights
 from uniad_fast.calibration import Calibration
-from uniad_fast.data import DataError
-from uniad_fast.datasets import composition, load_dataset
+from uniad_fast.data.datasets import composition, load_dataset
+from uniad_fast.data.feature_cache import cached_features
+from uniad_fast.data.images import EXTENSIONS, UnreadableImage, read_image, read_mask
+from uniad_fast.data.samples import DataError
 from uniad_fast.errors import UniadFastError
-from uniad_fast.features import cached_features
-from uniad_fast.images import EXTENSIONS, UnreadableImage, read_image, read_mask
 from uniad_fast.models.architecture import Architecture
 from uniad_fast.models.backbone import Backbone
 from uniad_fast.public_config import ConfigError, read_config

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..cli_options import CacheDirectory, DataArgument, Device, ImageRoot, Quiet, Seed, finish, reports_errors, say
-from ..datasets import load_dataset
+from ..data.datasets import load_dataset
 from ..files import atomic_path
 from ..models.backbone import Backbone, usable_device
 from ..signals import Stopped

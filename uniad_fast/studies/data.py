@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data import DataError, Dataset, Sample
-from ..features import cached_features
+from ..data.feature_cache import cached_features
+from ..data.images import list_images, read_mask
+from ..data.samples import DataError, Dataset, Sample
 from ..files import sha256_of_file
-from ..images import list_images, read_mask
 from ..models.backbone import Backbone
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.images import read_image, to_tensor
 from ..files import atomic_path
-from ..images import read_image, to_tensor
 from ..scoring import to_maps
 from .data import StudyData
 from .tables import DETECTION, LOCALISATION, Row, has_masks, means_over_classes

@@ -1,16 +1,16 @@
 """`load_dataset` takes every layout that is understood: folders, metadata files, and the demo's set.
 
-Folders: see `uniad_fast.folder_layouts`. Metadata files: see `uniad_fast.metadata`. "elpv": solar cells from the
-package elpv-dataset. docs/data.md has the rules on one page.
+Folders: see `uniad_fast.data.folder_layouts`. Metadata files: see `uniad_fast.data.metadata`. "elpv": solar cells from
+the package elpv-dataset. docs/data.md has the rules on one page.
 """
 
 import os
 from collections import Counter
 from pathlib import Path
 
-from .data import GOOD, DataError, Dataset, Sample, by_class, hold_out
 from .folder_layouts import load_folder
 from .metadata import load_metadata, metadata_of
+from .samples import GOOD, DataError, Dataset, Sample, by_class, hold_out
 
 
 def load_dataset(

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .data import GOOD, DataError, Dataset, Sample, hold_out, is_good
+from ..printable import printable
 from .images import EXTENSIONS
-from .printable import printable
+from .samples import GOOD, DataError, Dataset, Sample, hold_out, is_good
 
 _COLUMNS = frozenset({"object", "split", "label", "image", "mask"})
 _SHARE_OF_TEST = 0.2

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import UniadFastError
-from .files import atomic_path, locked, sha256_of_file
+from ..errors import UniadFastError
+from ..files import atomic_path, locked, sha256_of_file
+from ..models.backbone import Backbone
+from ..printable import printable
+from ..progress import progress
+from ..signals import stop_if_asked
 from .image_batches import Failure, ImageBatch, read_batches
-from .models.backbone import Backbone
-from .printable import printable
-from .progress import progress
-from .signals import stop_if_asked
 
 _FORMAT = 2  # part of the key: raise it when preprocessing or layout change
 _FORGOTTEN = 14 * 24 * 3600  # seconds after which an unfinished extraction is not gone on with

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..printable import printable
 from .images import UnreadableImage, decode, read_bytes, to_tensor
-from .printable import printable
 
 BATCH = 32
 

@@ -16,9 +16,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from .data import GOOD, DataError, Dataset, Sample, hold_out, is_good
+from ..printable import printable
 from .images import EXTENSIONS, find_images
-from .printable import printable
+from .samples import GOOD, DataError, Dataset, Sample, hold_out, is_good
 
 _TRAIN = frozenset({"train", "training"})
 _TEST = frozenset({"test", "testing", "test_public"})

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .errors import UniadFastError
-from .printable import printable
+from ..errors import UniadFastError
+from ..printable import printable
 
 ImageLike = str | os.PathLike | Image.Image | NDArray | Tensor
 

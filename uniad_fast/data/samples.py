@@ -1,11 +1,11 @@
-"""What a data set is: samples to learn from and to test on. `uniad_fast.datasets` reads them from what people have."""
+"""What a data set is: samples to learn from and to test on. `uniad_fast.data.datasets` reads what people have."""
 
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import UniadFastError
+from ..errors import UniadFastError
 
 GOOD = "good"
 _GOOD_WORDS = frozenset({"good", "ok", "normal"})
