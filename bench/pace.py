@@ -17,12 +17,12 @@ import torch
 from compare import Work, interleaved
 from torch import Tensor, nn
 
-from uniad_fast import optimization
 from uniad_fast.models.architecture import build_model
 from uniad_fast.models.backbone import Backbone
 from uniad_fast.models.precision import autocast, computes_in_bfloat16
-from uniad_fast.recipes import FAST, PAPER, Recipe
 from uniad_fast.testing import PublicUniAD
+from uniad_fast.training.loop import optimization
+from uniad_fast.training.recipes import FAST, PAPER, Recipe
 
 CPU = torch.device("cpu")
 LEVELS = (0, 1, 2, 3)

@@ -10,15 +10,15 @@ from conftest import BACKBONE
 from PIL import Image
 from torch import nn
 
-from uniad_fast import AnomalyDetector, optimization
+from uniad_fast import AnomalyDetector
 from uniad_fast import detector as detector_module
 from uniad_fast.calibration import calibrate
 from uniad_fast.data.images import to_tensor
 from uniad_fast.models.architecture import build_model
 from uniad_fast.models.backbone import Backbone
 from uniad_fast.models.transformer import _Layer
-from uniad_fast.recipes import FAST
-from uniad_fast.training import channel_statistics, train
+from uniad_fast.training.loop import channel_statistics, optimization, train
+from uniad_fast.training.recipes import FAST
 
 
 @pytest.mark.parametrize("normalize_before", [False, True])

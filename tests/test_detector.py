@@ -17,7 +17,7 @@ from uniad_fast.data.datasets import load_dataset
 from uniad_fast.data.images import UnreadableImage, list_images
 from uniad_fast.data.samples import DataError
 from uniad_fast.evaluation import evaluate
-from uniad_fast.recipes import FAST
+from uniad_fast.training.recipes import FAST
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,21 @@ PACKAGE = ROOT / "uniad_fast"
 KERNELS = ROOT / "kernels"
 # A file may import from its own layer's earlier files and from lower layers, never from a higher one.
 LAYERS = [
-    {"data/__init__", "models/__init__", "ops/__init__", "errors", "printable", "ops/noise", "ops/geometry", "progress", "signals"},
+    {
+        "data/__init__",
+        "models/__init__",
+        "training/__init__",
+        "ops/__init__",
+        "errors",
+        "printable",
+        "ops/noise",
+        "ops/geometry",
+        "progress",
+        "signals",
+    },
     {"files", "data/images", "metrics", "models/precision"},
-    {"recipes", "models/initializers", "ops/registered", "models/parameter_cache"},
-    {"optimization"},
+    {"training/recipes", "models/initializers", "ops/registered", "models/parameter_cache"},
+    {"training/optimization"},
     {"ops/dispatch", "ops/reference", "ops/torch_impl", "ops/autograd", "masks", "lazy_weights", "mask_cache"},
     {"state_dicts", "models/efficientnet", "data/samples", "heatmap", "bundle", "data/image_batches"},
     {"ops/functional", "ops/linear", "data/folder_layouts", "data/metadata"},
@@ -24,7 +35,7 @@ LAYERS = [
     {"models/reconstructor", "models/attention", "models/backbone", "testing"},
     {"models/transformer", "data/feature_cache"},
     {"models/uniad", "replace"},
-    {"baselines", "models/architecture", "scoring", "training", "doctor"},
+    {"baselines", "models/architecture", "scoring", "training/loop", "doctor"},
     {"calibration", "public_config"},
     {"detector", "__init__"},
     {"weights", "evaluation"},

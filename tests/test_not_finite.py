@@ -16,9 +16,9 @@ from uniad_fast.cli import app
 from uniad_fast.errors import UniadFastError
 from uniad_fast.models.architecture import Architecture
 from uniad_fast.models.backbone import Backbone
-from uniad_fast.recipes import FAST, Recipe
 from uniad_fast.state_dicts import WeightsError
-from uniad_fast.training import Diverged, Patience, channel_statistics, train
+from uniad_fast.training.loop import Diverged, Patience, channel_statistics, train
+from uniad_fast.training.recipes import FAST, Recipe
 
 NAN, INF = float("nan"), float("inf")
 

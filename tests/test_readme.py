@@ -8,7 +8,7 @@ import pytest
 from typer.main import get_command
 
 from uniad_fast.cli import app
-from uniad_fast.recipes import RECIPES
+from uniad_fast.training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -21,14 +21,14 @@ from uniad_fast.data.samples import DataError, Dataset
 from uniad_fast.evaluation import evaluate
 from uniad_fast.files import locked
 from uniad_fast.models.backbone import Backbone
-from uniad_fast.recipes import FAST
 from uniad_fast.studies import study, trial
 from uniad_fast.studies.data import StudyData
 from uniad_fast.studies.study import plan, run_study
 from uniad_fast.studies.systems import PART_SYSTEMS, SHORTCUT_SYSTEMS, System, recipe_systems, switch_systems
 from uniad_fast.studies.tables import final_table, shortcut_table, time_table
 from uniad_fast.studies.trial import EVERY_CLASS, Trial, run_trial
-from uniad_fast.training import ResumeError
+from uniad_fast.training.loop import ResumeError
+from uniad_fast.training.recipes import FAST
 
 CPU = torch.device("cpu")
 RECIPE = replace(FAST, epochs=4, min_steps=0, batch_size=4, precision="float32")

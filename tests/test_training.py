@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from uniad_fast import optimization
 from uniad_fast.models.architecture import Architecture, build_model
-from uniad_fast.recipes import FAST, PAPER
-from uniad_fast.training import ResumeError, channel_statistics, train
+from uniad_fast.training.loop import ResumeError, channel_statistics, optimization, train
+from uniad_fast.training.recipes import FAST, PAPER
 
 TOKENS = np.random.default_rng(0).normal(2, 3, (12, 16, 6)).astype(np.float32)
 SMALL = Architecture(hidden_dim=32, nhead=4, num_encoder_layers=1, num_decoder_layers=2, dim_feedforward=64)
@@ -65,7 +64,7 @@ KILLED = """
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     import test_training
-    import uniad_fast.training as training
+    import uniad_fast.training.loop as training
 
     save = training._Checkpoint.save
     def save_and_count(checkpoint, step):

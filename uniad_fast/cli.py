@@ -43,11 +43,11 @@ from .errors import UniadFastError
 from .evaluation import evaluate
 from .files import locked
 from .printable import printable
-from .recipes import RECIPES
 from .scan import name_images, scan_images
 from .signals import Stopped
 from .studies.cli import data_app, study
-from .training import ResumeError
+from .training.loop import ResumeError
+from .training.recipes import RECIPES
 
 app = typer.Typer(
     help="Find and locate visual defects: one model for many product classes, trained from good images only.",

@@ -29,10 +29,10 @@ from .models.uniad import UniAD
 from .ops.dispatch import check_impl
 from .printable import printable, printable_lines
 from .public_config import read_config
-from .recipes import RECIPES, Recipe
 from .scoring import Scorer
 from .state_dicts import StateDict, check_state_dict, part_of
-from .training import Diverged, channel_statistics, seeded_generators, train
+from .training.loop import Diverged, channel_statistics, seeded_generators, train
+from .training.recipes import RECIPES, Recipe
 
 _BATCH = 32
 _SMALLEST, _LARGEST = 32, 4096  # pixels a side

@@ -13,7 +13,7 @@ from .errors import UniadFastError
 from .models.architecture import Architecture
 from .models.uniad import UniAD
 from .printable import printable
-from .recipes import PAPER, Recipe
+from .training.recipes import PAPER, Recipe
 
 _NETWORKS = ("models.reconstructions.UniAD", "uniad_fast.UniAD")
 _FOLLOW_FROM_THE_FEATURES = {"inplanes", "instrides", "feature_size"}

@@ -22,8 +22,8 @@ from .models.uniad import UniAD
 from .ops.geometry import Size
 from .printable import printable
 from .public_config import PublicConfig, check_stored_network, read_config
-from .recipes import PAPER
 from .state_dicts import StateDict, WeightsError, check_state_dict, part_of, read_checkpoint
+from .training.recipes import PAPER
 
 _PREFIXES = {
     "uniad": ("backbone.", "reconstruction."),

@@ -11,8 +11,8 @@ from torch import nn
 from ..errors import UniadFastError
 from ..ops.functional import size_pair
 from ..ops.geometry import Size
-from ..recipes import Recipe
 from ..state_dicts import StateDict, WeightsError
+from ..training.recipes import Recipe
 from .transformer import DecoderLayer
 from .uniad import UniAD
 

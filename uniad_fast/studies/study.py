@@ -13,9 +13,9 @@ from ..errors import UniadFastError
 from ..files import atomic_path, locked
 from ..printable import table_cell
 from ..progress import progress
-from ..recipes import FAST, PAPER, Recipe
 from ..scoring import SCORES
-from ..training import epochs_and_steps
+from ..training.loop import epochs_and_steps
+from ..training.recipes import FAST, PAPER, Recipe
 from .data import StudyData
 from .systems import PART_SYSTEMS, SHORTCUT_SYSTEMS, System, recipe_systems, switch_systems
 from .trial import EVERY_CLASS, Trial, run_trial

@@ -9,7 +9,7 @@ from ..errors import UniadFastError
 from ..models.architecture import Architecture, build_model, zero_blocks
 from ..models.reconstructor import Reconstructor
 from ..ops.geometry import Size
-from ..recipes import Recipe
+from ..training.recipes import Recipe
 
 NETWORKS = ("uniad", "mlp", "cnn", "transformer")
 

@@ -15,9 +15,9 @@ from ..calibration import fit_score
 from ..files import atomic_path
 from ..metrics import detection_metrics
 from ..printable import file_name
-from ..recipes import Recipe
 from ..scoring import SCORES, Scorer, image_scores, to_maps
-from ..training import ResumeError, channel_statistics, seeded_generators, train
+from ..training.loop import ResumeError, channel_statistics, seeded_generators, train
+from ..training.recipes import Recipe
 from .data import StudyData
 from .systems import System
 

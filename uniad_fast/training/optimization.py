@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UniadFastError
-from .models.precision import computes_in_bfloat16
+from ..errors import UniadFastError
+from ..models.precision import computes_in_bfloat16
 from .recipes import Recipe
 
 _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from .errors import UniadFastError
+from ..errors import UniadFastError
 
 _LARGE = 1e30  # beyond, float32 has nothing to compute with
 _RANGES: tuple[tuple[str, type, float, float], ...] = (

@@ -16,14 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..errors import UniadFastError
+from ..files import atomic_path
+from ..models.precision import autocast, computes_in_bfloat16
+from ..models.reconstructor import Reconstructor
+from ..progress import progress
+from ..signals import asked_to_stop, stop_if_asked
 from . import optimization
-from .errors import UniadFastError
-from .files import atomic_path
-from .models.precision import autocast, computes_in_bfloat16
-from .models.reconstructor import Reconstructor
-from .progress import progress
 from .recipes import Recipe
-from .signals import asked_to_stop, stop_if_asked
 
 LOG_FIELDS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "seconds")
 _LOG_EVERY = 10
