@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from uniad_fast.data.datasets import load_dataset
-from uniad_fast.metrics import detection_metrics
+from uniad_fast.detect.metrics import detection_metrics
+from uniad_fast.detect.scoring import IMAGE_SCORES, image_scores, to_maps
 from uniad_fast.models.backbone import Backbone
-from uniad_fast.scoring import IMAGE_SCORES, image_scores, to_maps
 from uniad_fast.studies.data import StudyData
 
 _IMAGES_AT_A_TIME = 16

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 from skimage import data
 
 from uniad_fast import AnomalyDetector
-from uniad_fast.heatmap import heat_map, side_by_side
-from uniad_fast.report import write_png
+from uniad_fast.detect.heatmap import heat_map, side_by_side
+from uniad_fast.detect.results import write_png
 
 CROP, GOOD_CROPS, SPLIT = 176, 96, 320
 TEXTURES = {"brick": data.brick, "grass": data.grass, "gravel": data.gravel}

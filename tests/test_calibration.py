@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from uniad_fast.calibration import fit_score, threshold_for
-from uniad_fast.heatmap import heat_map
-from uniad_fast.scoring import Scorer, image_scores
+from uniad_fast.detect.calibration import fit_score, threshold_for
+from uniad_fast.detect.heatmap import heat_map
+from uniad_fast.detect.scoring import Scorer, image_scores
 
 
 def test_threshold_is_the_order_statistic():

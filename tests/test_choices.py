@@ -11,9 +11,9 @@ from PIL import Image
 from torch import nn
 
 from uniad_fast import AnomalyDetector
-from uniad_fast import detector as detector_module
-from uniad_fast.calibration import calibrate
 from uniad_fast.data.images import to_tensor
+from uniad_fast.detect import detector as detector_module
+from uniad_fast.detect.calibration import calibrate
 from uniad_fast.models.architecture import build_model
 from uniad_fast.models.backbone import Backbone
 from uniad_fast.models.transformer import _Layer

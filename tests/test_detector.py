@@ -12,11 +12,11 @@ from conftest import BACKBONE
 from PIL import Image
 
 from uniad_fast import AnomalyDetector, Prediction
-from uniad_fast.bundle import BundleError
 from uniad_fast.data.datasets import load_dataset
 from uniad_fast.data.images import UnreadableImage, list_images
 from uniad_fast.data.samples import DataError
-from uniad_fast.evaluation import evaluate
+from uniad_fast.detect.bundle import BundleError
+from uniad_fast.detect.evaluation import evaluate
 from uniad_fast.training.recipes import FAST
 
 

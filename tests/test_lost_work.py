@@ -19,9 +19,10 @@ from conftest import QUICK, save, striped_picture
 from PIL import Image
 from typer.testing import CliRunner
 
-from uniad_fast import files, report, signals
+from uniad_fast import files, signals
 from uniad_fast.cli import app
 from uniad_fast.data.image_batches import read_batches
+from uniad_fast.detect import results as report
 from uniad_fast.files import atomic_directory, atomic_path, locked, sweep
 
 
@@ -190,7 +191,7 @@ def test_odd_names_cost_nothing(bundle, photos, tmp_path):
 
 def test_an_image_that_goes_or_can_not_be_drawn_costs_its_own_row_alone(bundle, photos, tmp_path, monkeypatch):
     (photos / "5.png").write_text("junk")
-    from uniad_fast import scan
+    from uniad_fast.detect import score_files as scan
 
     draw, names = scan.heat_map, []
 

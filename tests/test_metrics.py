@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from uniad_fast.metrics import detection_metrics, localisation_metrics
+from uniad_fast.detect.metrics import detection_metrics, localisation_metrics
 
 
 def test_closed_form():

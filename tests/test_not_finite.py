@@ -11,8 +11,8 @@ from conftest import QUICK
 from typer.testing import CliRunner
 
 from uniad_fast import AnomalyDetector
-from uniad_fast.calibration import Calibration, threshold_for, whitening_of
 from uniad_fast.cli import app
+from uniad_fast.detect.calibration import Calibration, threshold_for, whitening_of
 from uniad_fast.errors import UniadFastError
 from uniad_fast.models.architecture import Architecture
 from uniad_fast.models.backbone import Backbone
@@ -146,7 +146,7 @@ def test_a_score_that_is_not_finite_is_an_error_and_no_label(trained, made_up_cl
 
 
 def test_an_evaluation_leaves_such_scores_out_by_name(trained, made_up_classes, tmp_path, monkeypatch):
-    from uniad_fast import evaluation
+    from uniad_fast.detect import evaluation
 
     scores = evaluation.image_scores
     monkeypatch.setattr(evaluation, "image_scores", lambda *a: scores(*a).index_fill(0, torch.tensor([0]), NAN))

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from uniad_fast import AnomalyDetector, UniAD
-from uniad_fast.public_config import ConfigError, read_config
+from uniad_fast.detect.public_config import ConfigError, read_config
 
 TEXT = """
 dataset:

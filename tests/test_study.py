@@ -18,7 +18,7 @@ from uniad_fast import AnomalyDetector
 from uniad_fast.cli import app
 from uniad_fast.data.datasets import load_dataset
 from uniad_fast.data.samples import DataError, Dataset
-from uniad_fast.evaluation import evaluate
+from uniad_fast.detect.evaluation import evaluate
 from uniad_fast.files import locked
 from uniad_fast.models.backbone import Backbone
 from uniad_fast.studies import study, trial

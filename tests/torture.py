@@ -26,8 +26,9 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 from conftest import BACKBONE, QUICK, save, striped_picture  # noqa: E402
 
-from uniad_fast import AnomalyDetector, cli, detector
+from uniad_fast import AnomalyDetector, cli
 from uniad_fast.data.samples import feature_cache as features  # noqa: E402
+from uniad_fast.detect import detector
 
 _fork = multiprocessing.get_context("fork")
 

@@ -8,8 +8,8 @@ from .ops.functional import jitter_project, neighbor_masked_attention
 from .replace import fast_attention, replace_attention, restore_attention
 
 if TYPE_CHECKING:
-    from .detector import AnomalyDetector as AnomalyDetector
-    from .detector import Prediction as Prediction
+    from .detect.detector import AnomalyDetector as AnomalyDetector
+    from .detect.detector import Prediction as Prediction
 
 __all__ = [
     "AnomalyDetector",
@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     # The detector brings Pillow and timm along, which those who only want the ops need not pay for.
     if name in ("AnomalyDetector", "Prediction"):
-        from . import detector
+        from .detect import detector
 
         return getattr(detector, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

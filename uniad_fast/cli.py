@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import __version__, report
-from .bundle import check_writable
+from . import __version__
 from .cli_convert import convert
 from .cli_options import (
     DEFECTIVE,
@@ -37,13 +36,15 @@ from .cli_options import (
 from .data.datasets import composition, load_dataset
 from .data.samples import DataError, Dataset
 from .demo import picture_most_defective, thin_out
-from .detector import AnomalyDetector
+from .detect import results as report
+from .detect.bundle import check_writable
+from .detect.detector import AnomalyDetector
+from .detect.evaluation import evaluate
+from .detect.score_files import name_images, scan_images
 from .doctor import diagnose
 from .errors import UniadFastError
-from .evaluation import evaluate
 from .files import locked
 from .printable import printable
-from .scan import name_images, scan_images
 from .signals import Stopped
 from .studies.cli import data_app, study
 from .training.loop import ResumeError

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from .bundle import check_writable
 from .cli_options import CacheDirectory, Device, FalseAlarmRate, Quiet, finish, say
-from .detector import AnomalyDetector
+from .detect.bundle import check_writable
+from .detect.detector import AnomalyDetector
 from .errors import UniadFastError
 from .weights import load, save
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from .data.images import read_image
 from .data.samples import Dataset, Sample
-from .detector import AnomalyDetector
-from .evaluation import Evaluation
-from .heatmap import heat_map
+from .detect.detector import AnomalyDetector
+from .detect.evaluation import Evaluation
+from .detect.heatmap import heat_map
+from .detect.results import write_png
 from .printable import file_name
-from .report import write_png
 
 _PICTURES = 8
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .detector import AnomalyDetector
+from .detect.detector import AnomalyDetector
+from .detect.public_config import PublicConfig, check_stored_network, read_config
 from .files import atomic_path
 from .models.architecture import build_model, read_architecture
 from .models.backbone import Backbone, stage_channels
@@ -21,7 +22,6 @@ from .models.efficientnet import has_public_names, native_size, public_names, re
 from .models.uniad import UniAD
 from .ops.geometry import Size
 from .printable import printable
-from .public_config import PublicConfig, check_stored_network, read_config
 from .state_dicts import StateDict, WeightsError, check_state_dict, part_of, read_checkpoint
 from .training.recipes import PAPER
 

@@ -21,15 +21,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from uniad_fast import AnomalyDetector, UniAD, weights
-from uniad_fast.calibration import Calibration
 from uniad_fast.data.datasets import composition, load_dataset
 from uniad_fast.data.feature_cache import cached_features
 from uniad_fast.data.images import EXTENSIONS, UnreadableImage, read_image, read_mask
 from uniad_fast.data.samples import DataError
+from uniad_fast.detect.calibration import Calibration
+from uniad_fast.detect.public_config import ConfigError, read_config
 from uniad_fast.errors import UniadFastError
 from uniad_fast.models.architecture import Architecture
 from uniad_fast.models.backbone import Backbone
-from uniad_fast.public_config import ConfigError, read_config
 
 JUNK = st.one_of(
     st.none(), st.booleans(), st.integers(-5, 5), st.just(2**70), st.floats(), st.text(max_size=6), st.just([]),

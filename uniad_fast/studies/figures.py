@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from ..data.images import read_image, to_tensor
+from ..detect.scoring import to_maps
 from ..files import atomic_path
-from ..scoring import to_maps
 from .data import StudyData
 from .tables import DETECTION, LOCALISATION, Row, has_masks, means_over_classes
 from .trial import EVERY_CLASS

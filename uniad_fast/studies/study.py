@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from ..detect.scoring import SCORES
 from ..errors import UniadFastError
 from ..files import atomic_path, locked
 from ..printable import table_cell
 from ..progress import progress
-from ..scoring import SCORES
 from ..training.loop import epochs_and_steps
 from ..training.recipes import FAST, PAPER, Recipe
 from .data import StudyData

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from ..scoring import SCORES
+from ..detect.scoring import SCORES
 from .trial import EVERY_CLASS
 
 Row = dict[str, Any]

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..calibration import fit_score
+from ..detect.calibration import fit_score
+from ..detect.metrics import detection_metrics
+from ..detect.scoring import SCORES, Scorer, image_scores, to_maps
 from ..files import atomic_path
-from ..metrics import detection_metrics
 from ..printable import file_name
-from ..scoring import SCORES, Scorer, image_scores, to_maps
 from ..training.loop import ResumeError, channel_statistics, seeded_generators, train
 from ..training.recipes import Recipe
 from .data import StudyData

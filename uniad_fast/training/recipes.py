@@ -49,7 +49,7 @@ class Recipe:
             where torch has it (2.9) and the device has bfloat16, in which Muon computes; "adamw" elsewhere.
         loss: between reconstruction and feature, "mse" (the paper's) or "l1".
         score: how a residual becomes a number, "l2" (the paper's), "whitened" or "relative"; see
-            `uniad_fast.scoring`.
+            `uniad_fast.detect.scoring`.
         patience: training ends after so many epochs in which the loss on held-out good images has not fallen by a
             hundredth below its lowest; 0 goes on to the end.
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UniadFastError
-from .models.architecture import Architecture
-from .models.uniad import UniAD
-from .printable import printable
-from .training.recipes import PAPER, Recipe
+from ..errors import UniadFastError
+from ..models.architecture import Architecture
+from ..models.uniad import UniAD
+from ..printable import printable
+from ..training.recipes import PAPER, Recipe
 
 _NETWORKS = ("models.reconstructions.UniAD", "uniad_fast.UniAD")
 _FOLLOW_FROM_THE_FEATURES = {"inplanes", "instrides", "feature_size"}

@@ -12,9 +12,9 @@ from typing import IO, Any
 
 from PIL import Image
 
+from ..files import atomic_path
+from ..printable import printable, table_cell
 from .evaluation import COLUMNS, Evaluation
-from .files import atomic_path
-from .printable import printable, table_cell
 
 SCORE_FIELDS = ("image", "score", "label", "threshold", "heat_map")
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from .errors import UniadFastError
-from .files import atomic_directory, sha256_of_file
-from .printable import printable
-from .state_dicts import StateDict
+from ..errors import UniadFastError
+from ..files import atomic_directory, sha256_of_file
+from ..printable import printable
+from ..state_dicts import StateDict
 
 FORMAT = "uniad_fast bundle"
 VERSION = 2

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .data.image_batches import read_batches
-from .data.images import UnreadableImage, read_mask
-from .data.samples import DataError, Sample
+from ..data.image_batches import read_batches
+from ..data.images import UnreadableImage, read_mask
+from ..data.samples import DataError, Sample
+from ..models.uniad import save_reconstructions
+from ..printable import printable
+from ..progress import progress
+from ..signals import stop_if_asked
 from .detector import AnomalyDetector
 from .metrics import DETECTION, LOCALISATION, detection_metrics, localisation_metrics
-from .models.uniad import save_reconstructions
-from .printable import printable
-from .progress import progress
 from .scoring import Scorer, image_scores, to_maps
-from .signals import stop_if_asked
 
 COLUMNS = tuple(f"image_{name}" for name in DETECTION) + tuple(f"pixel_{name}" for name in LOCALISATION)
 

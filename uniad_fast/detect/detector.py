@@ -15,24 +15,24 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ..data.datasets import load_dataset
+from ..data.feature_cache import Features, cached_features
+from ..data.images import ImageLike, as_image, to_tensor
+from ..data.samples import DataError, Dataset, Sample, hold_out
+from ..errors import UniadFastError
+from ..models.architecture import PAPER_ARCHITECTURE, Architecture, build_model
+from ..models.backbone import Backbone, usable_device
+from ..models.uniad import UniAD
+from ..ops.dispatch import check_impl
+from ..printable import printable, printable_lines
+from ..state_dicts import StateDict, check_state_dict, part_of
+from ..training.loop import Diverged, channel_statistics, seeded_generators, train
+from ..training.recipes import RECIPES, Recipe
 from . import scoring
 from .bundle import BundleError, read_bundle, write_bundle
 from .calibration import Calibration, calibrate, fit_score
-from .data.datasets import load_dataset
-from .data.feature_cache import Features, cached_features
-from .data.images import ImageLike, as_image, to_tensor
-from .data.samples import DataError, Dataset, Sample, hold_out
-from .errors import UniadFastError
-from .models.architecture import PAPER_ARCHITECTURE, Architecture, build_model
-from .models.backbone import Backbone, usable_device
-from .models.uniad import UniAD
-from .ops.dispatch import check_impl
-from .printable import printable, printable_lines
 from .public_config import read_config
 from .scoring import Scorer
-from .state_dicts import StateDict, check_state_dict, part_of
-from .training.loop import Diverged, channel_statistics, seeded_generators, train
-from .training.recipes import RECIPES, Recipe
 
 _BATCH = 32
 _SMALLEST, _LARGEST = 32, 4096  # pixels a side
@@ -68,7 +68,7 @@ class AnomalyDetector:
         recipe: "fast", "paper", or a `Recipe`.
         architecture: of the network.
         score: how a residual becomes a number, "l2" (the paper's), "whitened" or "relative"; see
-            `uniad_fast.scoring`. None takes the recipe's.
+            `uniad_fast.detect.scoring`. None takes the recipe's.
         image_score: how a map becomes a number, "max" (the paper's), "mean" or "std".
         false_alarm_rate: share of good images that may score above the threshold.
         held_out: share of the good images kept from training to set the threshold.
@@ -150,7 +150,7 @@ class AnomalyDetector:
         """An untrained detector as a configuration of the public code describes it.
 
         Args:
-            config: its file, or what it holds; see `uniad_fast.public_config`.
+            config: its file, or what it holds; see `uniad_fast.detect.public_config`.
             options: other arguments of `AnomalyDetector`, in place of what the configuration says.
 
         Raises:

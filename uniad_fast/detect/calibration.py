@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .errors import UniadFastError
+from ..errors import UniadFastError
 from .scoring import Scorer, image_scores
 
 _BATCH = 32

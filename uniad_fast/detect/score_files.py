@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .data.image_batches import read_batches
-from .data.images import UnreadableImage, find_images, read_image
-from .data.samples import DataError
+from ..data.image_batches import read_batches
+from ..data.images import UnreadableImage, find_images, read_image
+from ..data.samples import DataError
+from ..printable import printable
+from ..progress import progress
+from ..signals import stop_if_asked
 from .detector import AnomalyDetector
 from .heatmap import heat_map
-from .printable import printable
-from .progress import progress
-from .report import ScoreFiles, write_png
-from .signals import stop_if_asked
+from .results import ScoreFiles, write_png
 
 
 @dataclass

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UniadFastError
-from .models.backbone import Backbone
-from .models.precision import autocast
-from .models.reconstructor import Reconstructor
+from ..errors import UniadFastError
+from ..models.backbone import Backbone
+from ..models.precision import autocast
+from ..models.reconstructor import Reconstructor
 
 SCORES = ("l2", "whitened", "relative")
 IMAGE_SCORES = ("max", "mean", "std")
