@@ -16,11 +16,12 @@ from conftest import QUICK, save
 from test_public_config import TEXT
 from typer.testing import CliRunner
 
-from uniad_fast import AnomalyDetector, cli, weights
+from uniad_fast import AnomalyDetector, cli
 from uniad_fast.cli import app
 from uniad_fast.detect.bundle import BundleError
 from uniad_fast.detect.public_config import ConfigError, read_config
 from uniad_fast.errors import UniadFastError
+from uniad_fast.interop import checkpoints as weights
 from uniad_fast.models.backbone import Backbone, usable_device
 from uniad_fast.models.uniad import save_reconstructions
 from uniad_fast.printable import file_name, printable, table_cell

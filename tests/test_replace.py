@@ -12,7 +12,7 @@ import zoo
 from torch import nn
 
 from uniad_fast import fast_attention, replace_attention, restore_attention
-from uniad_fast.masks import Other, Window, identify_mask
+from uniad_fast.interop.identify_mask import Other, Window, identify_mask
 from uniad_fast.ops.geometry import hidden_keys
 
 MODELS = {

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from uniad_fast import AnomalyDetector, UniAD
-from uniad_fast import weights as checkpoints
 from uniad_fast.cli import app
 from uniad_fast.data.images import list_images
+from uniad_fast.interop import checkpoints as checkpoints
 from uniad_fast.models.backbone import Backbone
 from uniad_fast.models.efficientnet import _MODELS, native_size, public_names, recognize
 from uniad_fast.state_dicts import WeightsError, read_state_dict

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .interop.replace import fast_attention, replace_attention, restore_attention
 from .models.attention import NeighborMaskedAttention
 from .models.uniad import UniAD
 from .ops.functional import jitter_project, neighbor_masked_attention
-from .replace import fast_attention, replace_attention, restore_attention
 
 if TYPE_CHECKING:
     from .detect.detector import AnomalyDetector as AnomalyDetector

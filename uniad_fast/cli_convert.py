@@ -9,7 +9,7 @@ from .cli_options import CacheDirectory, Device, FalseAlarmRate, Quiet, finish, 
 from .detect.bundle import check_writable
 from .detect.detector import AnomalyDetector
 from .errors import UniadFastError
-from .weights import load, save
+from .interop.checkpoints import load, save
 
 
 def convert(

@@ -20,7 +20,7 @@ import yaml
 from hypothesis import strategies as st
 from PIL import Image
 
-from uniad_fast import AnomalyDetector, UniAD, weights
+from uniad_fast import AnomalyDetector, UniAD
 from uniad_fast.data.datasets import composition, load_dataset
 from uniad_fast.data.feature_cache import cached_features
 from uniad_fast.data.images import EXTENSIONS, UnreadableImage, read_image, read_mask
@@ -28,6 +28,7 @@ from uniad_fast.data.samples import DataError
 from uniad_fast.detect.calibration import Calibration
 from uniad_fast.detect.public_config import ConfigError, read_config
 from uniad_fast.errors import UniadFastError
+from uniad_fast.interop import checkpoints as weights
 from uniad_fast.models.architecture import Architecture
 from uniad_fast.models.backbone import Backbone
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .masks import Window
-from .ops.geometry import hidden_keys
-from .ops.noise import keep_mask
+from ..ops.geometry import hidden_keys
+from ..ops.noise import keep_mask
+from .identify_mask import Window
 
 
 def attention_weights(

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .lazy_weights import LazyWeights, attention_weights
-from .mask_cache import CachedMask, generates_masks
-from .masks import MaskMemory, Other, Window
-from .models.attention import Projections
-from .ops.dispatch import check_impl
-from .ops.functional import neighbor_masked_attention, size_pair
-from .ops.geometry import Size, neighborhood_radius
-from .ops.noise import draw_seed
+from ..models.attention import Projections
+from ..ops.dispatch import check_impl
+from ..ops.functional import neighbor_masked_attention, size_pair
+from ..ops.geometry import Size, neighborhood_radius
+from ..ops.noise import draw_seed
+from .generated_masks import CachedMask, generates_masks
+from .identify_mask import MaskMemory, Other, Window
+from .lazy_attention_weights import LazyWeights, attention_weights
 
 
 @dataclass

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from .detect.detector import AnomalyDetector
-from .detect.public_config import PublicConfig, check_stored_network, read_config
-from .files import atomic_path
-from .models.architecture import build_model, read_architecture
-from .models.backbone import Backbone, stage_channels
-from .models.efficientnet import has_public_names, native_size, public_names, recognize
-from .models.uniad import UniAD
-from .ops.geometry import Size
-from .printable import printable
-from .state_dicts import StateDict, WeightsError, check_state_dict, part_of, read_checkpoint
-from .training.recipes import PAPER
+from ..detect.detector import AnomalyDetector
+from ..detect.public_config import PublicConfig, check_stored_network, read_config
+from ..files import atomic_path
+from ..models.architecture import build_model, read_architecture
+from ..models.backbone import Backbone, stage_channels
+from ..models.efficientnet import has_public_names, native_size, public_names, recognize
+from ..models.uniad import UniAD
+from ..ops.geometry import Size
+from ..printable import printable
+from ..state_dicts import StateDict, WeightsError, check_state_dict, part_of, read_checkpoint
+from ..training.recipes import PAPER
 
 _PREFIXES = {
     "uniad": ("backbone.", "reconstruction."),

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from .masks import Window, identify_mask
+from .identify_mask import Window, identify_mask
 
 
 def generates_masks(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops.geometry import Size, hidden_keys
+from ..ops.geometry import Size, hidden_keys
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Other people's code: our attention in their models, their checkpoints in ours."""
