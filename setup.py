@@ -49,5 +49,5 @@ setup(
         "test": TEST,
         "dev": [*TEST, "ruff>=0.6", "mypy>=1.11", "pre-commit>=3"],
     },
-    entry_points={"console_scripts": ["uniad-fast = uniad_fast.cli:main"]},
+    entry_points={"console_scripts": ["uniad-fast = uniad_fast.cli.main:main"]},
 )

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from uniad_fast import UniAD
-from uniad_fast.baselines import CNN, MLP, PlainTransformer
+from uniad_fast.studies.baselines import CNN, MLP, PlainTransformer
 
 GRID = (5, 6)
 SMALL = dict(hidden_dim=16, nhead=4, num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=32, dropout=0.0)

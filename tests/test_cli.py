@@ -15,7 +15,7 @@ from conftest import QUICK
 from PIL import Image
 from typer.testing import CliRunner
 
-from uniad_fast.cli import app
+from uniad_fast.cli.main import app
 from uniad_fast.data.images import list_images
 
 

@@ -5,8 +5,7 @@ import torch
 from op_cases import device_of
 from uniad_fast.kernels import cpu
 
-from uniad_fast import doctor
-from uniad_fast.cli import app
+from uniad_fast.cli.main import app, doctor
 from uniad_fast.ops import functional
 from uniad_fast.ops.dispatch import IMPLS
 

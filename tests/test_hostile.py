@@ -16,8 +16,9 @@ from conftest import QUICK, save
 from test_public_config import TEXT
 from typer.testing import CliRunner
 
-from uniad_fast import AnomalyDetector, cli
-from uniad_fast.cli import app
+from uniad_fast import AnomalyDetector
+from uniad_fast.cli.main import app
+from uniad_fast.cli.main import main as cli
 from uniad_fast.detect.bundle import BundleError
 from uniad_fast.detect.public_config import ConfigError, read_config
 from uniad_fast.errors import UniadFastError

@@ -20,7 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from uniad_fast import files, signals
-from uniad_fast.cli import app
+from uniad_fast.cli.main import app
 from uniad_fast.data.image_batches import read_batches
 from uniad_fast.detect import results as report
 from uniad_fast.files import atomic_directory, atomic_path, locked, sweep
@@ -258,7 +258,7 @@ def test_names_of_heat_maps(bundle, photos, tmp_path):
 
 
 def test_a_reader_that_leaves_costs_nothing(bundle, photos, tmp_path):
-    code = "import sys; from uniad_fast.cli import app; app(sys.argv[1:])"
+    code = "import sys; from uniad_fast.cli.main import app; app(sys.argv[1:])"
     arguments = ["score", bundle, photos, "-o", tmp_path / "o", "--threshold", "1e9", "-q"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE

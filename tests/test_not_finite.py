@@ -11,7 +11,7 @@ from conftest import QUICK
 from typer.testing import CliRunner
 
 from uniad_fast import AnomalyDetector
-from uniad_fast.cli import app
+from uniad_fast.cli.main import app
 from uniad_fast.detect.calibration import Calibration, threshold_for, whitening_of
 from uniad_fast.errors import UniadFastError
 from uniad_fast.models.architecture import Architecture

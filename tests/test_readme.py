@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from uniad_fast.cli import app
+from uniad_fast.cli.main import app
 from uniad_fast.training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]

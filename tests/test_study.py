@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from uniad_fast import AnomalyDetector
-from uniad_fast.cli import app
+from uniad_fast.cli.main import app
 from uniad_fast.data.datasets import load_dataset
 from uniad_fast.data.samples import DataError, Dataset
 from uniad_fast.detect.evaluation import evaluate

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from uniad_fast import AnomalyDetector, UniAD
-from uniad_fast.cli import app
+from uniad_fast.cli.main import app
 from uniad_fast.data.images import list_images
 from uniad_fast.interop import checkpoints as checkpoints
 from uniad_fast.models.backbone import Backbone

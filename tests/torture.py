@@ -26,7 +26,8 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 from conftest import BACKBONE, QUICK, save, striped_picture  # noqa: E402
 
-from uniad_fast import AnomalyDetector, cli
+from uniad_fast import AnomalyDetector
+from uniad_fast.cli.main import main as cli
 from uniad_fast.data.samples import feature_cache as features  # noqa: E402
 from uniad_fast.detect import detector
 

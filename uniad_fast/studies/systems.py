@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..baselines import CNN, MLP, PlainTransformer
 from ..errors import UniadFastError
 from ..models.architecture import Architecture, build_model, zero_blocks
 from ..models.reconstructor import Reconstructor
 from ..ops.geometry import Size
 from ..training.recipes import Recipe
+from .baselines import CNN, MLP, PlainTransformer
 
 NETWORKS = ("uniad", "mlp", "cnn", "transformer")
 
@@ -21,7 +21,7 @@ class System:
     Attributes:
         name: as it stands in tables and figures.
         network: one of `NETWORKS`.
-        options: for "uniad" of `Architecture`, for the others of their classes in `uniad_fast.baselines`.
+        options: for "uniad" of `Architecture`, for the others of their classes in `uniad_fast.studies.baselines`.
         changes: fields of the recipe that differ from the study's.
     """
 

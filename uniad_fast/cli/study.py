@@ -6,18 +6,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..cli_options import CacheDirectory, DataArgument, Device, ImageRoot, Quiet, Seed, finish, reports_errors, say
 from ..data.datasets import load_dataset
 from ..files import atomic_path
 from ..models.backbone import Backbone, usable_device
 from ..signals import Stopped
-from .data import StudyData
-from .digits import write_digits
-from .extra import require
-from .figures import draw_curves, draw_maps
-from .study import plan, run_study
-from .tables import DETECTION, DETECTION_BY_MEAN, final_table, shortcut_table, time_table
-from .textures import write_textures
+from ..studies.data import StudyData
+from ..studies.digits import write_digits
+from ..studies.extra import require
+from ..studies.figures import draw_curves, draw_maps
+from ..studies.study import plan, run_study
+from ..studies.tables import DETECTION, DETECTION_BY_MEAN, final_table, shortcut_table, time_table
+from ..studies.textures import write_textures
+from .options import CacheDirectory, DataArgument, Device, ImageRoot, Quiet, Seed, finish, reports_errors, say
 
 data_app = typer.Typer(help="Make a data set (the extra [study] brings what they are made of).")
 

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .errors import UniadFastError
-from .printable import printable_lines
-from .signals import Stopped, noted
+from ..errors import UniadFastError
+from ..printable import printable_lines
+from ..signals import Stopped, noted
 
 DEFECTIVE, ERROR, INCOMPLETE, FAULT, SIGNAL = 1, 2, 3, 70, 128
 _LISTED = 20
@@ -51,7 +51,7 @@ FalseAlarmRate = Annotated[float, typer.Option(help="Share of good images that m
 
 def _allow_pixels(pixels: int | None) -> int | None:
     if pixels is not None:
-        from .data.images import allow_pixels
+        from ..data.images import allow_pixels
 
         allow_pixels(pixels)
     return pixels

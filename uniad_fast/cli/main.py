@@ -9,9 +9,24 @@ from typing import Annotated
 
 import typer
 
-from . import __version__
-from .cli_convert import convert
-from .cli_options import (
+from .. import __version__
+from ..data.datasets import composition, load_dataset
+from ..data.samples import DataError, Dataset
+from ..detect import results as report
+from ..detect.bundle import check_writable
+from ..detect.detector import AnomalyDetector
+from ..detect.evaluation import evaluate
+from ..detect.score_files import name_images, scan_images
+from ..errors import UniadFastError
+from ..files import locked
+from ..printable import printable
+from ..signals import Stopped
+from ..training.loop import ResumeError
+from ..training.recipes import RECIPES
+from .convert import convert
+from .demo import picture_most_defective, thin_out
+from .doctor import diagnose
+from .options import (
     DEFECTIVE,
     ERROR,
     INCOMPLETE,
@@ -33,22 +48,7 @@ from .cli_options import (
     reports_errors,
     say,
 )
-from .data.datasets import composition, load_dataset
-from .data.samples import DataError, Dataset
-from .demo import picture_most_defective, thin_out
-from .detect import results as report
-from .detect.bundle import check_writable
-from .detect.detector import AnomalyDetector
-from .detect.evaluation import evaluate
-from .detect.score_files import name_images, scan_images
-from .doctor import diagnose
-from .errors import UniadFastError
-from .files import locked
-from .printable import printable
-from .signals import Stopped
-from .studies.cli import data_app, study
-from .training.loop import ResumeError
-from .training.recipes import RECIPES
+from .study import data_app, study
 
 app = typer.Typer(
     help="Find and locate visual defects: one model for many product classes, trained from good images only.",

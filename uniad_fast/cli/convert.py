@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from .cli_options import CacheDirectory, Device, FalseAlarmRate, Quiet, finish, say
-from .detect.bundle import check_writable
-from .detect.detector import AnomalyDetector
-from .errors import UniadFastError
-from .interop.checkpoints import load, save
+from ..detect.bundle import check_writable
+from ..detect.detector import AnomalyDetector
+from ..errors import UniadFastError
+from ..interop.checkpoints import load, save
+from .options import CacheDirectory, Device, FalseAlarmRate, Quiet, finish, say
 
 
 def convert(

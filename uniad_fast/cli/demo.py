@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from .data.images import read_image
-from .data.samples import Dataset, Sample
-from .detect.detector import AnomalyDetector
-from .detect.evaluation import Evaluation
-from .detect.heatmap import heat_map
-from .detect.results import write_png
-from .printable import file_name
+from ..data.images import read_image
+from ..data.samples import Dataset, Sample
+from ..detect.detector import AnomalyDetector
+from ..detect.evaluation import Evaluation
+from ..detect.heatmap import heat_map
+from ..detect.results import write_png
+from ..printable import file_name
 
 _PICTURES = 8
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .models.initializers import initialize
-from .models.reconstructor import Reconstructor
-from .models.uniad import UniAD
-from .ops.geometry import Size
+from ..models.initializers import initialize
+from ..models.reconstructor import Reconstructor
+from ..models.uniad import UniAD
+from ..ops.geometry import Size
 
 
 class MLP(Reconstructor):

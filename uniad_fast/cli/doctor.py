@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .ops.dispatch import IMPLS, kernel_problem
-from .ops.functional import dropout, dropout_add_norm, jitter_project, neighbor_masked_attention
+from ..ops.dispatch import IMPLS, kernel_problem
+from ..ops.functional import dropout, dropout_add_norm, jitter_project, neighbor_masked_attention
 
 _PACKAGES = (
     *("uniad_fast", "torch", "torchvision", "triton", "timm", "numpy", "pillow"),
