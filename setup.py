@@ -33,7 +33,6 @@ setup(
         "numpy>=2.0",
         "pillow>=10.3",
         "safetensors>=0.4",
-        "ninja>=1.11",  # builds the C++ kernels
         "scipy>=1.13",  # the first with numpy 2,
         "tqdm>=4.66",
         "typer>=0.20",

@@ -3,8 +3,8 @@
 import pytest
 import timm
 import torch
-from conftest import synchronized_clock
 
+from bench.tools.timing import synchronized_clock
 from uniad_fast.models.backbone import Backbone
 
 BATCH = 8

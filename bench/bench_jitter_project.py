@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import IMPLEMENTED, note_device_figures, synchronized_clock
 from torch import Tensor
 
+from bench.tools.timing import IMPLEMENTED, note_device_figures, synchronized_clock
 from uniad_fast import jitter_project
 
 BATCH, TOKENS, CHANNELS, OUT = 32, 196, 272, 256

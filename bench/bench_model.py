@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import MODEL, ModelCase
-from conftest import IMPLEMENTED, note_device_figures, synchronized_clock
 from torch import nn
 
+from bench.tools.cases import MODEL, ModelCase
+from bench.tools.timing import IMPLEMENTED, note_device_figures, synchronized_clock
 from uniad_fast import UniAD
 from uniad_fast.testing import PublicUniAD
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ATTENTION, AttentionCase
-from conftest import IMPLEMENTED, note_device_figures, synchronized_clock
 from torch import Tensor
 
+from bench.tools.cases import ATTENTION, AttentionCase
+from bench.tools.timing import IMPLEMENTED, note_device_figures, synchronized_clock
 from uniad_fast import neighbor_masked_attention
 from uniad_fast.testing import PublicUniAD
 

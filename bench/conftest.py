@@ -1,19 +1,16 @@
-"""Timing that waits for the device, and ratios against the public way printed at the end."""
+"""Options of the benchmarks, and ratios against the public way printed at the end."""
 
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
 import torch
-from cases import AttentionCase, ModelCase
+
+from bench.tools.cases import AttentionCase, ModelCase
 
 Case = AttentionCase | ModelCase
-
-# The reference is the definition, written to be read, and Triton's interpreter is for tests: their time says nothing.
-IMPLEMENTED = ["public", "torch", "triton" if torch.cuda.is_available() else "cpu"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,28 +33,6 @@ def sized(request: pytest.FixtureRequest) -> Callable[[Case], Case]:
     """A case as it is, or of batch 1 under --benchmark-disable, where each benchmark is only seen to run."""
     smoke = request.config.getoption("--benchmark-disable")
     return lambda case: replace(case, batch=1) if smoke else case
-
-
-def synchronized_clock() -> float:
-    """Wall time once the device has done what it was given; as a pytest-benchmark timer."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def note_device_figures(benchmark, function: Callable[[], object]) -> None:
-    """On a GPU: time of the kernels alone and peak memory of a call, into `extra_info`."""
-    if not torch.cuda.is_available() or benchmark.disabled:
-        return
-    from triton.testing import do_bench
-
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    benchmark.extra_info["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-    benchmark.extra_info["device_ms"] = do_bench(function, return_mode="median")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:

@@ -1,7 +1,22 @@
-"""What the launchers of both kinds share: how they lay out what they allocate, take by stride, and sum."""
+"""What the launchers of both kinds share: layouts, thresholds of the noise, and sums."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+Window = Sequence[int]
+"""(height, width, radius_row, radius_col): the token grid, and how far a query hides keys on it, -1 for not at all."""
+
+
+def keep_threshold(dropout_p: float) -> int:
+    """An element whose 16 random bits are below it is dropped."""
+    return round(dropout_p * 65536)
+
+
+def jitter_threshold(prob: float) -> int:
+    """A token whose 24 random bits are below it is jittered."""
+    return round(prob * 2**24)
 
 
 def like_tokens_first(key: Tensor, dtype: torch.dtype | None = None) -> Tensor:

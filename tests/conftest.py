@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of the kernels
@@ -62,6 +63,21 @@ def backbone_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def options(backbone_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> list:
+    """Of `uniad-fast train`, for a small detector soon."""
+    cache = tmp_path_factory.mktemp("cache")
+    return [*QUICK, "--backbone-weights", backbone_weights, "--epochs", 3, "--cache", cache, "-q"]
+
+
+@pytest.fixture(scope="session")
+def bundle(made_up_classes: Path, options: list, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `uniad-fast train` makes of the made-up classes; not to be written to."""
+    target = tmp_path_factory.mktemp("trained") / "bundle"
+    call("train", made_up_classes, "-o", target, *options)
+    return target
+
+
+@pytest.fixture(scope="session")
 def made_up_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five classes of striped pictures in MVTec layout; defects are bright squares, with pixel masks."""
     root = tmp_path_factory.mktemp("data") / "stripes"
@@ -75,6 +91,21 @@ def made_up_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 if kind == "square":
                     save(mask, folder / "ground_truth" / kind / f"{index:03}_mask.png")
     return root
+
+
+def run_command(*arguments: object) -> tuple[int, str]:
+    """(exit code, output) of a uniad-fast command."""
+    from uniad_fast.cli.main import app
+
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.output + (repr(result.exception) if result.exit_code not in range(4) else "")
+
+
+def call(*arguments: object, code: int = 0) -> str:
+    """Output of a uniad-fast command that ends with this exit code."""
+    ended, output = run_command(*arguments)
+    assert ended == code, output
+    return output
 
 
 def striped_picture(rng: np.random.Generator, number: int, defective: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from uniad_fast import jitter_project, neighbor_masked_attention
 from uniad_fast.ops.dispatch import IMPLS
-from uniad_fast.ops.functional import dropout, dropout_add_norm
+from uniad_fast.ops.dropout import dropout, dropout_add_norm
 from uniad_fast.ops.linear import linear
 
 GRID, WINDOW = (3, 5), (1, 3)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(TESTS))
 
 def sanitizer() -> str | None:
     """Why the compiler here can't do it, or None."""
-    from uniad_fast.kernels import build
+    from uniad_fast.kernels.cpu import build
 
     source = "int main() { return 0; }"
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +60,8 @@ def inside(path: str, examples: int, wrong: bool) -> None:
     """What the process with the sanitizer does."""
     import torch
     from op_cases import OPS, layouts
-    from uniad_fast.kernels import build, cpu
+    from uniad_fast.kernels.cpu import build
+    from uniad_fast.kernels.cpu import launch as cpu
 
     from tests.fuzz.targets import TARGETS
     from tests.fuzz.targets import run as fuzz
@@ -71,7 +72,7 @@ def inside(path: str, examples: int, wrong: bool) -> None:
     build.problem = lambda: None
     if wrong:
         x = torch.zeros(2, 64)
-        rows = cpu._rows(torch.empty(9, 64, device="meta"), 1, None, 0.0, 0.0)
+        rows = cpu._rows(torch.empty(9, 64, device="meta"), 1, 0.0, 0.0, None)
         return cpu._call(library.uniad_dropout_forward, x.dtype, rows, 0, x, torch.zeros(9, 64))
     ran = 0
     quick = examples < 100
@@ -113,7 +114,7 @@ def main() -> None:
         return inside(options.inside, options.examples, options.wrong)
     if problem := sanitizer():
         sys.exit(problem)
-    from uniad_fast.kernels import build
+    from uniad_fast.kernels.cpu import build
 
     for path in options.paths or build.paths():
         done = run(path, options.examples)

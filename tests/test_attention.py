@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from uniad_fast import NeighborMaskedAttention
-from uniad_fast.ops.geometry import hidden_keys
+from uniad_fast.ops.geometry import Window, hidden_keys
 
 GRID, WINDOW, TOKENS = (4, 6), (3, 3), 24
 
@@ -31,7 +31,7 @@ def test_same_numbers_and_gradients(batch_first, bias, same, window):
     query, key, value = tensors
     key = query if same in ("all", "query_key") else key
     value = key if same in ("all", "key_value") else value
-    mask = None if window is None else hidden_keys(GRID, window, torch.device("cpu"))
+    mask = None if window is None else hidden_keys(Window.of(GRID, window), torch.device("cpu"))
 
     def run(module, **options):
         out, weights = module(query, key, value, **options)
@@ -47,7 +47,7 @@ def test_same_numbers_and_gradients(batch_first, bias, same, window):
 
 def test_unbatched_and_broadcast_query():
     ours, theirs = pair()
-    mask = hidden_keys(GRID, WINDOW, torch.device("cpu"))
+    mask = hidden_keys(Window.of(GRID, WINDOW), torch.device("cpu"))
     query, memory = torch.randn(TOKENS, 16), torch.randn(TOKENS, 3, 16)
     torch.testing.assert_close(ours(query, query, query)[0], theirs(query, query, query, attn_mask=mask)[0])
     one = ours(query[:, None], memory, memory)[0]

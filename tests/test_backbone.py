@@ -25,14 +25,14 @@ def test_features_are_timms_stages_resized_and_concatenated(backbone_weights):
         stages = whole((images - mean.view(3, 1, 1)) / std.view(3, 1, 1))
     expected = torch.cat([F.interpolate(s, (6, 6), mode="bilinear", align_corners=True) for s in stages], dim=1)
     torch.testing.assert_close(backbone(images), expected, rtol=1e-4, atol=1e-4)
-    assert backbone.grid(96) == (6, 6) and backbone.stride == 16 and backbone.channels == expected.shape[1]
+    assert backbone.feature_size(96) == (6, 6) and backbone.stride == 16 and backbone.channels == expected.shape[1]
 
 
 def test_the_papers_backbone():
     """b4 at 224: 24 + 32 + 56 + 160 channels on a 14 x 14 grid, with ImageNet's normalisation. Random weights."""
     features = timm.create_model("tf_efficientnet_b4", features_only=True, out_indices=(0, 1, 2, 3))
     backbone = Backbone("tf_efficientnet_b4", features, (0, 1, 2, 3))
-    assert backbone.channels == 272 and backbone.stride == 16 and backbone.grid(224) == (14, 14)
+    assert backbone.channels == 272 and backbone.stride == 16 and backbone.feature_size(224) == (14, 14)
     assert backbone.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
 
 
@@ -67,7 +67,7 @@ def test_it_stays_frozen(backbone_weights):
 def test_a_backbone_with_channels_last_and_a_fixed_input():
     features = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, out_indices=(0, 1, 2))
     backbone = Backbone("swin_tiny_patch4_window7_224", features, (0, 1, 2))
-    assert backbone.channels == 96 + 192 + 384 and backbone.grid(224) == (14, 14)
+    assert backbone.channels == 96 + 192 + 384 and backbone.feature_size(224) == (14, 14)
 
 
 def test_it_goes_through_its_state(backbone_weights):

@@ -8,36 +8,40 @@ import pytest
 import torch
 from conftest import QUICK
 
-BENCH = Path(__file__).parents[1] / "bench"
+ROOT = Path(__file__).parents[1]
+
+
+def report(name, *arguments):
+    command = [sys.executable, "-m", f"bench.reports.{name}", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        ("compare.py --smoke --only 14x14", "x public, float32"),
-        ("compare_replaced.py --smoke", "MB more"),
-        ("profile_step.py --steps 1 --smoke", "attention, backward"),
-        ("pace.py --smoke", "x fast"),
+        ("compare --smoke --only 14x14", "x public, float32"),
+        ("compare_replaced --smoke", "MB more"),
+        ("profile_step --steps 1 --smoke", "attention, backward"),
+        ("pace --smoke", "x fast"),
     ],
 )
 def test_comparisons_run(command, expected):
-    result = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, cwd=BENCH)
+    result = report(*command.split())
     assert result.returncode == 0, result.stderr
     assert expected in result.stdout, result.stdout
 
 
 def test_a_memory_finds_what_is_far_from_all_it_has_seen(made_up_classes, backbone_weights, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    command = ["nearest_neighbors.py", made_up_classes, *QUICK, "--backbone-weights", backbone_weights]
-    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=BENCH)
+    command = ["nearest_neighbors", made_up_classes, *QUICK, "--backbone-weights", backbone_weights]
+    result = report(*command)
     assert result.returncode == 0, result.stderr
     best = next(line for line in result.stdout.splitlines() if line.split()[:3] == ["all", "stages", "max"])
     assert float(best.split()[4]) > 0.9, result.stdout
 
 
-def test_distances_are_those_to_the_nearest(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    from nearest_neighbors import distances
+def test_distances_are_those_to_the_nearest():
+    from bench.reports.nearest_neighbors import distances
 
     tokens, remembered = torch.randn(20, 3, 5), torch.randn(30, 5)
     torch.testing.assert_close(distances(tokens, remembered), torch.cdist(tokens, remembered[None]).amin(-1))

@@ -14,16 +14,19 @@ from uniad_fast import AnomalyDetector
 from uniad_fast.data.images import to_tensor
 from uniad_fast.detect import detector as detector_module
 from uniad_fast.detect.calibration import calibrate
-from uniad_fast.models.architecture import build_model
+from uniad_fast.detect.pipeline import to_maps
 from uniad_fast.models.backbone import Backbone
-from uniad_fast.models.transformer import _Layer
-from uniad_fast.training.loop import channel_statistics, optimization, train
+from uniad_fast.models.layers import Layer, LayerOptions
+from uniad_fast.training.build import build_model
+from uniad_fast.training.loop import optimization, train
 from uniad_fast.training.recipes import FAST
+from uniad_fast.training.reconstruction_loss import ReconstructionLoss, channel_statistics
+from uniad_fast.training.run_files import RunFiles
 
 
 @pytest.mark.parametrize("normalize_before", [False, True])
 def test_what_a_residual_connection_adds(normalize_before):
-    layer = _Layer(6, 8, 0.0, "relu", normalize_before, "reference").eval()
+    layer = Layer(6, LayerOptions(8, 0.0, "relu", normalize_before), "reference").eval()
     norm, tokens, block = nn.LayerNorm(6), 3 + 5 * torch.randn(2, 4, 6), nn.Linear(6, 6)
     nn.init.normal_(norm.weight)
     expected = tokens + block(norm(tokens)) if normalize_before else norm(tokens + block(tokens))
@@ -32,7 +35,7 @@ def test_what_a_residual_connection_adds(normalize_before):
 
 @pytest.mark.parametrize(("name", "function"), [("relu", F.relu), ("gelu", F.gelu), ("glu", F.glu)])
 def test_activations(name, function):
-    layer = _Layer(6, 8, 0.0, name, False, "reference").eval()
+    layer = Layer(6, LayerOptions(8, 0.0, name, False), "reference").eval()
     x = torch.randn(2, 4, 6)
     torch.testing.assert_close(layer.feed_forward(x), layer.linear2(function(layer.linear1(x))))
 
@@ -55,7 +58,14 @@ def step(tmp_path, **changes):
     )
     before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
     tokens = np.random.default_rng(0).normal(size=(4, 2, 3)).astype(np.float32)
-    train(model, tokens, recipe, 0, torch.zeros(3), torch.ones(3), tmp_path, {}, quiet=True)
+    train(
+        ReconstructionLoss(model, torch.zeros(3), torch.ones(3), optimization.loss(recipe)),
+        tokens,
+        recipe,
+        0,
+        RunFiles(tmp_path, {}),
+        quiet=True,
+    )
     return (torch.cat([p.detach().flatten() for p in model.parameters()]) - before).abs().max().item()
 
 
@@ -102,7 +112,7 @@ def fitted(made_up_classes, backbone_weights, tmp_path_factory):
     """(detector, tokens trained on, tokens that set the threshold)."""
     seen = {}
     patch = pytest.MonkeyPatch()
-    for name, position in (("train", 1), ("calibrate", 1)):
+    for name, position in (("train_pipeline", 1), ("calibrate", 1)):
         function = getattr(detector_module, name)
 
         def note(*args, _name=name, _function=function, _at=position, **options):
@@ -114,14 +124,14 @@ def fitted(made_up_classes, backbone_weights, tmp_path_factory):
     options = dict(backbone_weights=backbone_weights, recipe=recipe, cache_dir=tmp_path_factory.mktemp("c"))
     detector = AnomalyDetector(BACKBONE, 64, **options).fit(made_up_classes, quiet=True)
     patch.undo()
-    return detector, seen["train"], seen["calibrate"]
+    return detector, seen["train_pipeline"], seen["calibrate"]
 
 
 def test_features_are_standardised(fitted):
     detector, tokens, _ = fitted
     mean, std = channel_statistics(tokens)
-    torch.testing.assert_close(detector.scorer.mean.cpu(), mean)
-    torch.testing.assert_close(detector.scorer.std.cpu(), std)
+    torch.testing.assert_close(detector.pipeline.mean.cpu(), mean)
+    torch.testing.assert_close(detector.pipeline.std.cpu(), std)
     assert (mean.abs() > 1e-3).any() and ((std - 1).abs() > 1e-3).any()
 
 
@@ -133,9 +143,9 @@ def test_no_image_is_trained_on_and_sets_the_threshold(fitted):
 
 def test_colours_go_twice_as_far_as_good_pixels_do(fitted):
     detector, _, held_out = fitted
-    maps = detector.scorer.maps(torch.from_numpy(held_out)).numpy()
+    maps = to_maps(detector.pipeline.score_maps(torch.from_numpy(held_out)), 64).numpy()
     typical, high = np.quantile(maps, (0.5, 0.999))
-    low, top = calibrate(detector.scorer, held_out, "max", 0.1).color_range
+    low, top = calibrate(detector.pipeline, held_out, "max", 0.1).color_range
     assert (low, top) == pytest.approx((typical, typical + 2 * (high - typical)))
 
 

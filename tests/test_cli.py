@@ -11,18 +11,10 @@ import time
 
 import numpy as np
 import pytest
-from conftest import QUICK
+from conftest import QUICK, call
 from PIL import Image
-from typer.testing import CliRunner
 
-from uniad_fast.cli.main import app
-from uniad_fast.data.images import list_images
-
-
-def call(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result.output
+from uniad_fast.data.image_files import list_images
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +130,14 @@ def test_killed_training_goes_on_with_resume(trained, made_up_classes, train_opt
     bundle = tmp_path / "bundle"
     code = """
 import sys, time
-from uniad_fast import cli, detector, training
+from uniad_fast.cli.main import app
+from uniad_fast.detect.detector import AnomalyDetector
+from uniad_fast.training import loop
 
-batch, train = training._batch, detector.train
-training._batch = lambda *args: (time.sleep(0.3), batch(*args))[1]
-detector.train = lambda *args, **options: train(*args, **(options | {"checkpoint_seconds": 0.0}))
-cli.app(sys.argv[1:])
+rows = loop._rows_of_batch
+loop._rows_of_batch = lambda *args: (time.sleep(0.3), rows(*args))[1]
+AnomalyDetector.fit.__kwdefaults__["checkpoint_seconds"] = 0.0
+app(sys.argv[1:])
 """
     command = ["train", made_up_classes, "-o", bundle, *train_options]
     process = subprocess.Popen([sys.executable, "-c", code, *map(str, command)])

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from uniad_fast.kernels import build, cpu
+from uniad_fast.kernels.cpu import build, launch
 
 from uniad_fast import UniAD, jitter_project, neighbor_masked_attention
-from uniad_fast.ops import dispatch as impls
-from uniad_fast.ops.functional import dropout, dropout_add_norm
+from uniad_fast.ops import dispatch
+from uniad_fast.ops.dropout import dropout, dropout_add_norm
 from uniad_fast.testing import assert_within_budget
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -62,7 +62,7 @@ def gradients(out, tensors, weight):
 @pytest.mark.parametrize("path", build.paths())
 def test_every_instruction_set_within_budget(path, dtype, monkeypatch):
     """What plain PyTorch makes of it is the definition, run in that dtype."""
-    monkeypatch.setattr(cpu, "load", lambda: build.load(path))
+    monkeypatch.setattr(launch, "load", lambda: build.load(path))
     truth, plain = run_all(dtype, "reference", exact=True), run_all(dtype, "reference")
     for name, ours in run_all(dtype, "cpu").items():
         assert_within_budget(ours, truth[name], plain[name], f"{path} {name}")
@@ -157,6 +157,7 @@ def python(code, **environment):
     )  # fmt: skip
 
 
+ROOT = Path(__file__).parents[1]
 ATTEND = (
     "import torch; from uniad_fast import neighbor_masked_attention as f; q = torch.ones(1, 1, 20, 8); "
     "g = lambda **k: f(q, q, q, (4, 5), (3, 3), **k); "
@@ -166,7 +167,7 @@ ATTEND = (
 def test_memory_of_a_large_grid():
     """10,000 tokens, forward and backward: 100 million scores a head are 400 MB each, and none of them is kept."""
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'bench')!r}); from peak import extra_bytes; "
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bench.tools.peak import extra_bytes; "
         "import torch; from uniad_fast import neighbor_masked_attention as f; torch.set_num_threads(2); "
         "small = torch.ones(1, 3, 4, 32, requires_grad=True); f(small, small, small, (2, 2), (1, 1)).sum().backward(); "
         "q, k, v = (torch.randn(1, 3, 10000, 32, requires_grad=True) for _ in range(3)); "
@@ -191,7 +192,7 @@ def test_a_damaged_library_is_built_anew(tmp_path, damage):
     """Loading a truncated one is a bus error, in every run."""
     folder = tmp_path / "uniad_fast"
     environment = dict(TORCH_EXTENSIONS_DIR=str(tmp_path), CXX=str(stand_in_compiler(tmp_path)))
-    code = "from uniad_fast.kernels import build; build.load(); print('loaded')"
+    code = "from uniad_fast.kernels.cpu import build; build.load(); print('loaded')"
     assert python(code, **environment).communicate()[0] == "loaded\n"
     (library,) = folder.glob("*.so")
     content = library.read_bytes()
@@ -252,13 +253,13 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path):
 
 def test_a_processor_without_wide_vectors_is_better_off_with_torch(monkeypatch):
     monkeypatch.setattr(build, "PAYS", False)
-    assert impls.choose_impl(None, torch.ones(1)) == "torch" and impls.choose_impl("cpu", torch.ones(1)) == "cpu"
+    assert dispatch.choose_impl(None, torch.ones(1)) == "torch" and dispatch.choose_impl("cpu", torch.ones(1)) == "cpu"
 
 
 def test_the_default_on_a_cpu():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert impls.choose_impl(None, torch.ones(1)) == "cpu"
-        assert impls.choose_impl(None, torch.ones(1, dtype=torch.float64)) == "torch"
+        assert dispatch.choose_impl(None, torch.ones(1)) == "cpu"
+        assert dispatch.choose_impl(None, torch.ones(1, dtype=torch.float64)) == "torch"
     with pytest.raises(ValueError, match="they take float32, float16 and bfloat16, not torch.float64"):
-        impls.choose_impl("cpu", torch.ones(1, dtype=torch.float64))
+        dispatch.choose_impl("cpu", torch.ones(1, dtype=torch.float64))

@@ -13,7 +13,8 @@ from PIL import Image
 
 from uniad_fast import AnomalyDetector, Prediction
 from uniad_fast.data.datasets import load_dataset
-from uniad_fast.data.images import UnreadableImage, list_images
+from uniad_fast.data.image_files import list_images
+from uniad_fast.data.images import UnreadableImage
 from uniad_fast.data.samples import DataError
 from uniad_fast.detect.bundle import BundleError
 from uniad_fast.detect.evaluation import evaluate
@@ -93,7 +94,7 @@ def test_a_bundle_gives_the_same_predictions(detector, picture, tmp_path):
 
 @pytest.mark.parametrize("image_score", ["mean", "std"])
 def test_other_scores(settings, made_up_classes, picture, image_score, tmp_path):
-    options = settings | dict(image_score=image_score, score="l2")
+    options = settings | dict(image_score=image_score, residual_score="l2")
     detector = AnomalyDetector(**options).fit(made_up_classes, quiet=True)
     prediction = detector.predict(picture)
     expected = prediction.anomaly_map.mean() if image_score == "mean" else prediction.anomaly_map.std(ddof=1)
@@ -105,13 +106,15 @@ def test_other_scores(settings, made_up_classes, picture, image_score, tmp_path)
 def test_relative_scores_and_patience(settings, made_up_classes, picture, tmp_path):
     # Nothing is learnt at this rate, so one epoch without progress comes at once.
     recipe = replace(settings["recipe"], learning_rate=1e-12, epochs=9, patience=1)
-    detector = AnomalyDetector(**(settings | dict(recipe=recipe, score="relative"))).fit(made_up_classes, quiet=True)
+    detector = AnomalyDetector(**(settings | dict(recipe=recipe, residual_score="relative"))).fit(
+        made_up_classes, quiet=True
+    )
     assert detector._training_log.splitlines()[-1].split(",")[1] == "1"  # the second epoch
-    typical = detector.scorer.typical
+    typical = detector.pipeline.residual_score.typical
     assert typical.shape == (4, 4) and typical.min() > 0 and typical.std() > 0
     detector.save(tmp_path / "b")
     again = AnomalyDetector.load(tmp_path / "b")
-    assert torch.equal(again.scorer.typical, typical)
+    assert torch.equal(again.pipeline.residual_score.typical, typical)
     assert same(detector.predict(picture), again.predict(picture), 1e-6)
 
 
@@ -121,12 +124,12 @@ def test_a_list_of_files_will_do(settings, made_up_classes):
 
 
 def test_the_papers_score_is_the_l2_norm(settings, made_up_classes, picture):
-    detector = AnomalyDetector(**(settings | dict(score="l2"))).fit(made_up_classes, quiet=True)
-    scorer = detector.scorer
-    tokens = scorer.tokens(torch.rand(1, 3, 64, 64))
-    residual = scorer.residual(tokens)
-    torch.testing.assert_close(scorer.grids(tokens), residual.square().sum(1).sqrt())
-    back = (scorer.reconstruction(tokens) - tokens.transpose(1, 2).unflatten(2, (4, 4))) / scorer.std[:, None, None]
+    detector = AnomalyDetector(**(settings | dict(residual_score="l2"))).fit(made_up_classes, quiet=True)
+    pipeline = detector.pipeline
+    tokens = pipeline.tokens(torch.rand(1, 3, 64, 64))
+    residual = pipeline.residual(tokens)
+    torch.testing.assert_close(pipeline.score_maps(tokens), residual.square().sum(1).sqrt())
+    back = (pipeline.reconstruction(tokens) - tokens.transpose(1, 2).unflatten(2, (4, 4))) / pipeline.std[:, None, None]
     torch.testing.assert_close(back, residual, rtol=1e-3, atol=1e-3)
 
 
@@ -157,7 +160,7 @@ def test_before_training():
     ("options", "message"),
     [
         (dict(recipe="slow"), "'slow'"),
-        (dict(score="l1"), "'l1'"),
+        (dict(residual_score="l1"), "'l1'"),
         (dict(image_score="median"), "'median'"),
         (dict(false_alarm_rate=0), "0"),
         (dict(held_out=1), "1"),
@@ -171,8 +174,17 @@ def test_bad_settings_are_named(options, message):
 
 
 def change_json(**changes):
+    return rewrite(lambda config: config | changes)
+
+
+def change_settings(**changes):
+    return rewrite(lambda config: config | {"settings": config["settings"] | changes})
+
+
+def rewrite(change):
     def damage(bundle):
-        config = json.loads((bundle / "config.json").read_text()) | changes
+        config = json.loads((bundle / "config.json").read_text())
+        config = change(config)
         del config["config_sha256"]  # whoever edits can make a checksum too
         config["config_sha256"] = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
         (bundle / "config.json").write_text(json.dumps(config))
@@ -196,8 +208,8 @@ def flip_a_byte(bundle):
         (change_json(format="other"), "not the configuration of a bundle"),
         (change_json(version=99), "version 99"),
         (change_json(calibration={}), "damaged bundle"),
-        (change_json(image_size=96), "damaged bundle"),
-        (change_json(recipe={"name": "x"}), "damaged bundle"),
+        (change_settings(image_size=96), "damaged bundle"),
+        (change_settings(recipe={"name": "x"}), "damaged bundle"),
         (flip_a_byte, "checksum"),
     ],
 )
@@ -221,7 +233,7 @@ def test_saving_never_replaces_something_else(detector, tmp_path):
 
 def test_a_failed_save_leaves_the_old_bundle(detector, picture, tmp_path, monkeypatch):
     detector.save(tmp_path / "bundle")
-    monkeypatch.setattr("uniad_fast.bundle.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("uniad_fast.detect.bundle.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         detector.save(tmp_path / "bundle")
     assert same(detector.predict(picture), AnomalyDetector.load(tmp_path / "bundle").predict(picture), 1e-6)

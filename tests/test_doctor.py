@@ -3,10 +3,11 @@
 import pytest
 import torch
 from op_cases import device_of
-from uniad_fast.kernels import cpu
+from uniad_fast.kernels.cpu import launch as cpu
 
-from uniad_fast.cli.main import app, doctor
-from uniad_fast.ops import functional
+from uniad_fast.cli import doctor
+from uniad_fast.cli.main import app
+from uniad_fast.ops import reference
 from uniad_fast.ops.dispatch import IMPLS
 
 
@@ -88,6 +89,6 @@ def test_what_fails_is_said_and_the_exit_code_tells(monkeypatch):
 
 def test_a_broken_definition_is_no_excuse(monkeypatch):
     """It is the other implementations' measure: all of them then disagree with it."""
-    dropped = functional.reference.dropout
-    monkeypatch.setattr(functional.reference, "dropout", lambda *args: dropped(*args) * 1.1)
+    dropped = reference.dropout
+    monkeypatch.setattr(reference, "dropout", lambda *args: dropped(*args) * 1.1)
     assert doctor.problem_with("cpu", torch.device("cpu")) is not None

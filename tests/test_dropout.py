@@ -7,7 +7,7 @@ from conftest import impls_and_dtypes
 
 from uniad_fast.ops import noise
 from uniad_fast.ops.dispatch import IMPLS
-from uniad_fast.ops.functional import dropout, dropout_add_norm
+from uniad_fast.ops.dropout import dropout, dropout_add_norm
 from uniad_fast.testing import assert_within_budget
 
 SHAPES = [(2, 5, 17), (3, 4, 64), (1, 6, 200), (2, 3, 5, 33)]

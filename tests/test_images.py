@@ -5,7 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from uniad_fast.data.images import UnreadableImage, as_image, list_images, read_image, read_mask, to_rgb, to_tensor
+from uniad_fast.data.image_files import list_images
+from uniad_fast.data.images import UnreadableImage, as_image, read_image, to_rgb, to_tensor
+from uniad_fast.data.masks import read_mask
 
 RAMP = np.linspace(0, 255, 12, dtype=np.uint8).reshape(3, 4)
 
@@ -285,7 +287,7 @@ def test_large_images_can_be_allowed(tmp_path, monkeypatch):
 
 
 def test_whether_a_failure_may_pass(tmp_path, monkeypatch):
-    from uniad_fast.data.samples import images
+    from uniad_fast.data import images
 
     def passing(path):
         with pytest.raises(UnreadableImage) as caught:

@@ -7,33 +7,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK
-from typer.testing import CliRunner
+from conftest import QUICK, run_command
 
 from uniad_fast import AnomalyDetector
-from uniad_fast.cli.main import app
-from uniad_fast.detect.calibration import Calibration, threshold_for, whitening_of
+from uniad_fast.detect.calibration import Calibration, threshold_for
+from uniad_fast.detect.residual_score import ResidualScore, whitening_of
 from uniad_fast.errors import UniadFastError
 from uniad_fast.models.architecture import Architecture
 from uniad_fast.models.backbone import Backbone
 from uniad_fast.state_dicts import WeightsError
-from uniad_fast.training.loop import Diverged, Patience, channel_statistics, train
+from uniad_fast.training import optimization
+from uniad_fast.training.loop import train
+from uniad_fast.training.patience import Patience
 from uniad_fast.training.recipes import FAST, Recipe
+from uniad_fast.training.reconstruction_loss import ReconstructionLoss, channel_statistics
+from uniad_fast.training.run_files import Diverged, RunFiles
 
 NAN, INF = float("nan"), float("inf")
-
-
-def call(*arguments):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    return result.exit_code, result.output
-
-
-@pytest.fixture(scope="module")
-def trained(made_up_classes, backbone_weights, tmp_path_factory):
-    bundle = tmp_path_factory.mktemp("finite") / "bundle"
-    options = [*QUICK, "--backbone-weights", backbone_weights, "--epochs", 2, "-q"]
-    assert call("train", made_up_classes, "-o", bundle, "--cache", bundle.parent / "cache", *options)[0] == 0
-    return bundle
 
 
 def test_weights_with_a_nan_are_refused(tmp_path, backbone_weights, made_up_classes):
@@ -44,7 +34,7 @@ def test_weights_with_a_nan_are_refused(tmp_path, backbone_weights, made_up_clas
     with pytest.raises(WeightsError, match="is not finite"):
         Backbone.pretrained("resnet10t", 64, tmp_path / "w.pth")
     arguments = ["train", made_up_classes, "-o", tmp_path / "b", *QUICK, "--backbone-weights", tmp_path / "w.pth"]
-    code, output = call(*arguments, "--cache", tmp_path)
+    code, output = run_command(*arguments, "--cache", tmp_path)
     assert code == 2 and "is not finite" in output and not (tmp_path / "b").exists()
 
 
@@ -62,7 +52,8 @@ class Line(torch.nn.Module):
 def fit(tmp_path, tokens, **changes):
     recipe = replace(FAST, epochs=9, min_steps=0, batch_size=2, optimizer="adamw", precision="float32", **changes)
     model = Line()
-    train(model, tokens, recipe, 0, torch.zeros(3), torch.ones(3), tmp_path, {}, quiet=True, checkpoint_seconds=0)
+    criterion = ReconstructionLoss(model, torch.zeros(3), torch.ones(3), optimization.loss(recipe))
+    train(criterion, tokens, recipe, 0, RunFiles(tmp_path, {}, checkpoint_seconds=0), quiet=True)
     return model
 
 
@@ -122,42 +113,48 @@ def test_figures_of_good_images_are_finite(change):
 
 
 @pytest.mark.parametrize("threshold", ["nan", "inf", "-inf", "1e999"])
-def test_thresholds_that_are_not_finite_are_refused_before_anything_is_done(trained, tmp_path, threshold):
-    code, output = call("score", trained, tmp_path, "-o", tmp_path / "o", "--threshold", threshold)
+def test_thresholds_that_are_not_finite_are_refused_before_anything_is_done(bundle, tmp_path, threshold):
+    code, output = run_command("score", bundle, tmp_path, "-o", tmp_path / "o", "--threshold", threshold)
     assert code == 2 and "--threshold must be a finite number" in output and not (tmp_path / "o").exists()
 
 
-def test_a_score_that_is_not_finite_is_an_error_and_no_label(trained, made_up_classes, tmp_path, monkeypatch):
-    predict = AnomalyDetector.predict_tensors
+def test_a_score_that_is_not_finite_is_an_error_and_no_label(bundle, made_up_classes, tmp_path, monkeypatch):
+    forward = ResidualScore.forward
 
-    def spoilt(self, images):
-        first, *rest = predict(self, images)
-        return [first._replace(score=NAN, label=self._label(NAN)), *rest]
+    def spoilt(self, residual):
+        score_maps = forward(self, residual)
+        score_maps[0] = NAN
+        return score_maps
 
-    monkeypatch.setattr(AnomalyDetector, "predict_tensors", spoilt)
+    monkeypatch.setattr(ResidualScore, "forward", spoilt)
     folder = made_up_classes / "class0/test/good"
-    code, output = call("score", trained, folder, "-o", tmp_path, "--threshold", 1e9, "-q")
+    code, output = run_command("score", bundle, folder, "-o", tmp_path, "--threshold", 1e9, "-q")
     assert code == 2 and "not finite: " in output and "0 of 3 images are defective" in output
     assert output.rstrip().endswith("1 have no finite score")
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and all(math.isfinite(line["score"]) for line in lines)
     with pytest.raises(UniadFastError, match="the score of image 0 is nan"):
-        AnomalyDetector.load(trained).predict(sorted(folder.iterdir()))
+        AnomalyDetector.load(bundle).predict(sorted(folder.iterdir()))
 
 
-def test_an_evaluation_leaves_such_scores_out_by_name(trained, made_up_classes, tmp_path, monkeypatch):
-    from uniad_fast.detect import evaluation
+def test_an_evaluation_leaves_such_scores_out_by_name(bundle, made_up_classes, tmp_path, monkeypatch):
+    from uniad_fast.detect import detector
 
-    scores = evaluation.image_scores
-    monkeypatch.setattr(evaluation, "image_scores", lambda *a: scores(*a).index_fill(0, torch.tensor([0]), NAN))
-    code, output = call("eval", trained, made_up_classes, "-o", tmp_path, "-q")
+    scores, seen = detector.image_scores, []
+
+    def first_is_nan(maps, kind):
+        seen.append(len(maps))
+        return scores(maps, kind).index_fill(0, torch.tensor([0] if len(seen) == 1 else [], dtype=torch.long), NAN)
+
+    monkeypatch.setattr(detector, "image_scores", first_is_nan)
+    code, output = run_command("eval", bundle, made_up_classes, "-o", tmp_path, "-q")
     assert code == 2 and "not finite: " in output and "class0/test/good/000.png: its score is nan" in output
     assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 39
 
 
-def test_a_detector_that_is_not_finite_is_not_saved(trained, tmp_path):
-    detector = AnomalyDetector.load(trained)
-    detector.scorer.whitening[0, 0] = NAN
+def test_a_detector_that_is_not_finite_is_not_saved(bundle, tmp_path):
+    detector = AnomalyDetector.load(bundle)
+    detector.pipeline.residual_score.whitening[0, 0] = NAN
     with pytest.raises(UniadFastError, match="whitening is not finite"):
         detector.save(tmp_path / "b")
     assert not (tmp_path / "b").exists()
@@ -193,5 +190,5 @@ def test_architectures_are_checked_before_anything_is_built(change):
      (["--seed", "-1"], "seed"), (["--seed", str(2**64)], "seed"), (["--image-size", "100000"], "image_size")],
 )  # fmt: skip
 def test_options_that_are_no_numbers(tmp_path, made_up_classes, options, message):
-    code, output = call("train", made_up_classes, "-o", tmp_path / "b", *QUICK, *options)
+    code, output = run_command("train", made_up_classes, "-o", tmp_path / "b", *QUICK, *options)
     assert code == 2 and message in output and "Traceback" not in output

@@ -6,19 +6,19 @@ import pytest
 import torch
 
 from uniad_fast import neighbor_masked_attention
-from uniad_fast.models import precision
 from uniad_fast.models.precision import autocast, computes_in_bfloat16
+from uniad_fast.ops import checks
 
 
 @pytest.fixture(autouse=True)
 def forget():
     yield
-    precision._multiplies_bfloat16.cache_clear()
+    checks.multiplies_bfloat16.cache_clear()
 
 
 @pytest.mark.parametrize("has_it", [True, False])
 def test_auto_follows_the_processor(has_it, monkeypatch):
-    precision._multiplies_bfloat16.cache_clear()
+    checks.multiplies_bfloat16.cache_clear()
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_it)
     cpu = torch.device("cpu")
     assert computes_in_bfloat16("auto", cpu) == has_it
@@ -36,13 +36,13 @@ def test_another_name_is_refused():
 @pytest.mark.parametrize("has_instructions", [True, False])
 def test_emulated_bfloat16_is_said_once(has_instructions, monkeypatch):
     """It is right, and takes twenty times float32's time."""
-    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda _: has_instructions)
-    precision._warn_of_emulation.cache_clear()
+    monkeypatch.setattr(checks, "multiplies_bfloat16", lambda _: has_instructions)
+    checks._warn_of_emulation.cache_clear()
     query, said = torch.randn(1, 1, 4, 16), []
     for dtype in (torch.float16, torch.bfloat16, torch.bfloat16):
         with torch.autocast("cpu", dtype), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             neighbor_masked_attention(query, query, query, (2, 2), None)
         said.append(len([w for w in caught if "no bfloat16 instructions" in str(w.message)]))
-    precision._warn_of_emulation.cache_clear()
+    checks._warn_of_emulation.cache_clear()
     assert said == [0, int(not has_instructions), 0]

@@ -69,11 +69,11 @@ def test_a_detector_is_built_and_trained_as_it_says(tmp_path, made_up_classes):
     detector = AnomalyDetector.from_config(
         tmp_path / "config.yaml", backbone_weights=tmp_path / "w.pth", cache_dir=tmp_path / "cache"
     )
-    recipe = detector.recipe
+    recipe = detector.settings.recipe
     assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (2, 4, 0.0003)
     assert (recipe.weight_decay, recipe.clip, recipe.dropout) == (0.001, 0.2, 0.2)
     detector.fit(made_up_classes, quiet=True)
-    model = detector.scorer.model
+    model = detector.pipeline.model
     assert isinstance(model, UniAD) and model.inplanes == 64 + 128 + 256 and model.feature_size == (4, 4)
     assert (model.jitter_scale, model.jitter_prob) == (10.0, 0.5)
     encoder, decoder = model.transformer.encoder.layers, model.transformer.decoder.layers
@@ -81,7 +81,7 @@ def test_a_detector_is_built_and_trained_as_it_says(tmp_path, made_up_classes):
     windows = [encoder[0].self_attn, decoder[0].self_attn, decoder[0].multihead_attn]
     assert [attention.neighbor_size for attention in windows] == [(3, 1), None, (3, 1)]
     assert encoder[0].self_attn.num_heads == 4
-    assert detector.scorer.backbone.mean.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+    assert detector.pipeline.backbone.mean.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
     detector.save(tmp_path / "bundle")
     image = next((made_up_classes / "class0/test/good").iterdir())
     again = AnomalyDetector.load(tmp_path / "bundle").predict(image)
@@ -97,7 +97,7 @@ def test_the_published_choices():
     read = read_config({"net": config["net"]})
     assert read.backbone == "tf_efficientnet_b4" and read.out_indices == (0, 1, 2, 3) and read.image_size == 224
     assert read.architecture.mask == (False,) * 3 and read.recipe.jitter_scale == 0
-    assert read.mean == (0.485, 0.456, 0.406) and read.recipe.epochs == 1000
+    assert read.normalization[0] == (0.485, 0.456, 0.406) and read.recipe.epochs == 1000
 
 
 @pytest.mark.parametrize(

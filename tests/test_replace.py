@@ -12,8 +12,7 @@ import zoo
 from torch import nn
 
 from uniad_fast import fast_attention, replace_attention, restore_attention
-from uniad_fast.interop.identify_mask import Other, Window, identify_mask
-from uniad_fast.ops.geometry import hidden_keys
+from uniad_fast.ops.geometry import Window, hidden_keys
 
 MODELS = {
     "encoder_decoder": (lambda p: zoo.EncoderDecoder(dropout=p), (35, 2, 32), 6, 0),
@@ -98,80 +97,6 @@ def test_dropout_in_training_and_none_in_eval(name):
     assert torch.equal(quietly(model, tokens), quietly(model, tokens))
 
 
-def test_the_mask_is_built_once_and_looked_at_once():
-    model = zoo.EncoderDecoder()
-    report = replace_attention(model)
-    tokens = torch.randn(35, 2, 32)
-    with mock.patch("uniad_fast.masks.identify_mask", wraps=identify_mask) as looks:
-        outs = [model(tokens) for _ in range(3)]
-    assert model.built == 1 and looks.call_count == 1 and len(outs) == 3
-    assert report.cached_masks == [""]
-    assert "encoder.0.self_attn" in str(report) and "5x7, 3x5 hidden" in str(report), str(report)
-
-
-def test_a_mask_that_is_written_to_is_looked_at_again():
-    attention = nn.MultiheadAttention(16, 2)
-    mask, tokens = zoo.neighbor_mask(4, 5, 3, 3), torch.randn(20, 1, 16)
-    expected = attention(tokens, tokens, tokens, attn_mask=mask)[0]
-    replace_attention(attention)
-    torch.testing.assert_close(attention(tokens, tokens, tokens, attn_mask=mask)[0], expected)
-    mask.copy_(zoo.neighbor_mask(4, 5, 1, 5))
-    with_replacement = attention(tokens, tokens, tokens, attn_mask=mask)[0]
-    restore_attention(attention)
-    torch.testing.assert_close(with_replacement, attention(tokens, tokens, tokens, attn_mask=mask)[0])
-
-
-def test_a_caller_may_write_to_the_mask_it_was_given():
-    model = zoo.ThreeHeads()
-    replace_attention(model)
-    model.generate_mask((20, 20), (9, 9)).zero_()
-    assert torch.equal(model.generate_mask((20, 20), (9, 9)), zoo.neighbor_mask(20, 20, 9, 9))
-    assert torch.equal(model.generate_mask((20, 20), (3, 3)), zoo.neighbor_mask(20, 20, 3, 3))
-
-
-def test_a_generate_mask_of_another_meaning_is_left_alone():
-    class Keeps(nn.Module):
-        def generate_mask(self, feature_size, neighbor_size):
-            return 1 - (zoo.neighbor_mask(*feature_size, *neighbor_size) != 0).float()
-
-    model = nn.Sequential(Keeps(), nn.MultiheadAttention(16, 2))
-    replace_attention(model)
-    with mock.patch("uniad_fast.mask_cache.identify_mask", wraps=identify_mask) as looks:
-        masks = [model[0].generate_mask((4, 5), (3, 3)) for _ in range(3)]
-    assert looks.call_count == 1 and masks[1] is not masks[2]
-    assert all(torch.equal(mask, Keeps().generate_mask((4, 5), (3, 3))) for mask in masks)
-
-
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (4, 9), (6, 6), (14, 14)])
-@pytest.mark.parametrize("window", [(1, 1), (3, 5), (4, 2), (7, 7), (99, 3)])
-def test_identification_is_exact(height, width, window):
-    mask = zoo.neighbor_mask(height, width, *window)
-    for given in (mask, mask.isinf(), mask.double()):
-        found = identify_mask(given)
-        assert isinstance(found, Window)
-        assert torch.equal(zoo.neighbor_mask(*found.feature_size, *found.neighbor_size), mask)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(10):
-        i, j = torch.randint(height * width, (2,), generator=generator).tolist()
-        changed = mask.isinf()
-        changed[i, j] = ~changed[i, j]
-        found = identify_mask(changed)
-        if isinstance(found, Window):  # on a grid so small that this is another neighbourhood's
-            assert torch.equal(hidden_keys(found.feature_size, found.neighbor_size, changed.device), changed)
-    assert isinstance(identify_mask(mask, (height, width)), Window)
-
-
-def test_what_is_no_neighbourhood():
-    causal = torch.triu(torch.ones(20, 20, dtype=torch.bool), diagonal=1)
-    soft = zoo.neighbor_mask(4, 5, 3, 3)
-    soft[2, 3] = -1e9
-    nan = zoo.neighbor_mask(4, 5, 3, 3)
-    nan[0, 19] = float("nan")
-    for mask in (causal, soft, nan, torch.zeros(20, 20, dtype=torch.int64), torch.zeros(3, 20)):
-        assert isinstance(identify_mask(mask), Other), mask
-    assert isinstance(identify_mask(zoo.neighbor_mask(4, 5, 3, 3), (5, 4)), Other)
-
-
 CALLS = {
     "key_padding_mask": dict(key_padding_mask=torch.zeros(2, 20, dtype=torch.bool)),
     "is not|no neighbourhood": dict(attn_mask=torch.triu(torch.ones(20, 20, dtype=torch.bool), diagonal=1)),
@@ -228,27 +153,6 @@ def test_used_weights_are_those_of_the_output():
     torch.testing.assert_close(out[:, 0], heads.transpose(0, 1).flatten(1), rtol=1e-4, atol=1e-5)
 
 
-def test_modules_that_can_not_be_replaced_are_listed():
-    class Own(nn.MultiheadAttention):
-        pass
-
-    model = nn.ModuleDict(
-        {
-            "plain": nn.MultiheadAttention(16, 2),
-            "bias_kv": nn.MultiheadAttention(16, 2, add_bias_kv=True),
-            "zero": nn.MultiheadAttention(16, 2, add_zero_attn=True),
-            "widths": nn.MultiheadAttention(16, 2, kdim=8, vdim=12),
-            "own": Own(16, 2),
-        }
-    )
-    report = replace_attention(model)
-    assert report.replaced == ["plain"] and set(report.left_alone) == {"bias_kv", "zero", "widths", "own"}
-    assert "kdim 8 and vdim 12" in str(report) and "a Own" in str(report)
-    with pytest.raises(ValueError, match="can't replace bias_kv"):
-        replace_attention(model, strict=True)
-    assert str(replace_attention(nn.Linear(2, 2))) == "no nn.MultiheadAttention in this model"
-
-
 def test_a_window_that_is_asked_for_is_the_only_one():
     attention = nn.MultiheadAttention(16, 2)
     tokens = torch.randn(20, 1, 16)
@@ -299,7 +203,7 @@ def test_compiled_models():
     torch.testing.assert_close(compiled(tokens), expected)
     replace_attention(compiled)
     torch.testing.assert_close(compiled(tokens), expected, rtol=1e-4, atol=1e-5)
-    assert model.self_attn.uniad_fast.served == [Window((5, 7), (3, 5))]
+    assert model.self_attn.uniad_fast.served == [Window(5, 7, 1, 2)]
 
 
 def test_an_optimiser_from_before_still_trains_it():
@@ -342,7 +246,7 @@ def test_an_encoder_layers_fast_path_is_kept_off_the_attention():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     x = torch.randn(2, 12, 16)
-    mask = torch.zeros(12, 12).masked_fill(hidden_keys((3, 4), (1, 1), torch.device("cpu")), float("-inf"))
+    mask = torch.zeros(12, 12).masked_fill(hidden_keys(Window(3, 4, 0, 0), torch.device("cpu")), float("-inf"))
     with torch.no_grad():
         expected = model(x, mask=mask)
         report = replace_attention(model)
@@ -367,14 +271,3 @@ def test_nested_tensors_are_left_to_torch():
             attention(nested, nested, nested, need_weights=False)[0].to_padded_tensor(0), expected
         )
     assert "left alone  a nested tensor is passed" in str(report)
-
-
-@pytest.mark.filterwarnings("ignore:uniad_fast leaves")
-def test_a_report_says_when_only_some_calls_are_served():
-    attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()
-    report = replace_attention(attention)
-    x = torch.randn(2, 12, 16)
-    attention(x, x, x)
-    assert "replaced" in str(report)
-    attention(x, x, x, key_padding_mask=torch.zeros(2, 12, dtype=torch.bool))
-    assert "in part" in str(report) and "but not where a key_padding_mask is passed" in str(report)

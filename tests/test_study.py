@@ -1,21 +1,19 @@
 """Studies: what is measured is right, what was done is not done again, tables and figures say what was measured."""
 
 import csv
-import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import BACKBONE
+from conftest import BACKBONE, call
 from PIL import Image
-from typer.testing import CliRunner
 
 from uniad_fast import AnomalyDetector
-from uniad_fast.cli.main import app
 from uniad_fast.data.datasets import load_dataset
 from uniad_fast.data.samples import DataError, Dataset
 from uniad_fast.detect.evaluation import evaluate
@@ -24,11 +22,10 @@ from uniad_fast.models.backbone import Backbone
 from uniad_fast.studies import study, trial
 from uniad_fast.studies.data import StudyData
 from uniad_fast.studies.study import plan, run_study
-from uniad_fast.studies.systems import PART_SYSTEMS, SHORTCUT_SYSTEMS, System, recipe_systems, switch_systems
-from uniad_fast.studies.tables import final_table, shortcut_table, time_table
+from uniad_fast.studies.systems import SHORTCUT_SYSTEMS, System
 from uniad_fast.studies.trial import EVERY_CLASS, Trial, run_trial
-from uniad_fast.training.loop import ResumeError
 from uniad_fast.training.recipes import FAST
+from uniad_fast.training.run_files import ResumeError, RunFiles
 
 CPU = torch.device("cpu")
 RECIPE = replace(FAST, epochs=4, min_steps=0, batch_size=4, precision="float32")
@@ -62,12 +59,12 @@ def without_seconds(rows):
 
 def test_a_measurement_is_the_librarys_own_evaluation(data, backbone, tmp_path, monkeypatch):
     """What `evaluate` finds from the images, the study finds from their features."""
-    scorers = []
+    pipelines = []
     measure = trial._measure
-    monkeypatch.setattr(trial, "_measure", lambda scorer, *a: scorers.append(scorer) or measure(scorer, *a))
+    monkeypatch.setattr(trial, "_measure", lambda pipeline, *a: pipelines.append(pipeline) or measure(pipeline, *a))
     one = Trial(MLP, replace(RECIPE, standardize=False), 0, None, every=4)
     rows = [row for row in run_trial(one, data, tmp_path, CPU) if row["epoch"] == 4]
-    detector = AnomalyDetector.from_parts(backbone, scorers[-1].model, image_size=64)
+    detector = AnomalyDetector.from_parts(backbone, pipelines[-1].model, image_size=64)
     found = evaluate(detector, data.test, quiet=True)
     for row in rows:
         expected = found.mean if row["class"] == EVERY_CLASS else found.by_class[row["class"]]
@@ -81,8 +78,8 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(system, data, tmp_path, 
     unbroken = run_trial(one, data, tmp_path / "unbroken", CPU)
     assert sorted({row["epoch"] for row in unbroken}) == [1, 2, 4]
     assert {row["score"] for row in unbroken} == {"l2", "whitened"}
-    train = trial.train  # with a checkpoint after every step instead of every minute
-    monkeypatch.setattr(trial, "train", lambda *a, **options: train(*a, **options, checkpoint_seconds=0.0))
+    # With a checkpoint after every step instead of every minute.
+    monkeypatch.setattr(trial, "RunFiles", partial(RunFiles, checkpoint_seconds=0.0))
     for stop in (1, 3):
 
         def interrupt(epoch, stop=stop):
@@ -99,7 +96,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(system, data, tmp_path, 
 def test_a_finished_run_is_read_and_another_one_refused(data, tmp_path, monkeypatch):
     one = Trial(MLP, RECIPE, 0, "class0", every=2)
     rows = run_trial(one, data.of_class("class0"), tmp_path, CPU)
-    monkeypatch.setattr(trial, "train", None)
+    monkeypatch.setattr(trial, "train_pipeline", None)
     assert run_trial(one, data.of_class("class0"), tmp_path, CPU) == rows
     with pytest.raises(ResumeError, match="every: was 2, is 3.*another output folder"):
         run_trial(replace(one, every=3), data.of_class("class0"), tmp_path, CPU)
@@ -145,17 +142,17 @@ def test_a_run_that_another_process_is_at_is_left_to_it(data, tmp_path, monkeypa
     runs = tmp_path / "shared" / "runs"
     runs.mkdir(parents=True)
     trained, others_ended = [], threading.Event()
-    train = trial.train
+    train = trial.train_pipeline
 
     def record(*args, **options):
-        run = args[7]["trial"]
+        run = args[4].run["trial"]
         epochs = train(*args, **options)
         trained.append((run["system"]["name"], run["class"]))
         if len(trained) == len(others):
             others_ended.set()
         return epochs
 
-    monkeypatch.setattr(trial, "train", record)
+    monkeypatch.setattr(trial, "train_pipeline", record)
     with ThreadPoolExecutor() as pool:
         # A lock is of an open file: within one process it keeps out just the same.
         with locked(runs / f".{first.name}.lock"):
@@ -172,37 +169,6 @@ def row(system, seed, epoch, value, setting="unified", pixel=None, score="l2"):
     return dict(system=system, setting=setting, seed=seed, epoch=epoch, score=score, **{"class": EVERY_CLASS}, **values)
 
 
-def test_the_tables_say_what_was_measured():
-    rows = [
-        *(row("A", 0, e, v) for e, v in ((1, 0.6), (2, 0.9), (4, 0.7))),
-        *(row("A", 1, e, v) for e, v in ((1, 0.8), (2, 0.7), (4, 0.6))),
-        *(row("B", s, 4, v, pixel=0.5) for s, v in ((0, 0.8), (1, 0.8))),
-    ]
-    line = shortcut_table(rows[:6], ["A", "missing"]).splitlines()[2]
-    # Best 0.9 and 0.8, last 0.7 and 0.6, fall 0.2 in both.
-    assert line == "| A | unified | 0.2500 | 0.850 ± 0.071 | 0.650 ± 0.071 | 0.200 ± 0.000 |"
-    rows = [r | {"pixel_auroc": 0.25 if r["system"] == "A" else 0.5} for r in rows]
-    head, _, first, second = final_table(rows, ["A", "B"]).splitlines()
-    assert head == "| system | loss | image AUROC, l2 | difference | pixel AUROC, l2 | difference | seconds |"
-    assert first == "| A | 0.250 | 0.650 ± 0.071 |  | 0.250 ± 0.000 |  | 4 |"
-    assert second == "| B | 0.250 | 0.800 ± 0.000 | +0.150 | 0.500 ± 0.000 | +0.250 | 4 |"
-
-
-def test_the_time_table_says_when_the_papers_best_is_reached():
-    rows = [
-        *(row("paper", 0, e, v) for e, v in ((1, 0.5), (100, 0.8), (200, 0.75))),
-        *(row("paper", 0, e, v, score="whitened") for e, v in ((1, 0.6), (200, 0.84))),
-        *(row("fast", 0, e, v) for e, v in ((1, 0.5), (4, 0.7))),
-        *(row("fast", 0, e, v, score="whitened") for e, v in ((1, 0.7), (2, 0.8), (4, 0.85))),
-    ]
-    assert time_table(rows).splitlines()[2:] == [
-        "| paper, its best | 0 | l2 | 0.800 | 100 | 100 |  |  |  |  |",
-        "| paper, its best | 0 | whitened | 0.840 | 200 | 200 |  |  |  |  |",
-        "| fast, its end | 0 | l2 | 0.700 | 4 | 4 | not reached |  | not reached |  |",
-        "| fast, its end | 0 | whitened | 0.850 | 4 | 4 | 2 s | 50 | 4 s | 50 |",
-    ]
-
-
 def test_a_run_is_measured_where_it_ends(data, tmp_path):
     """Also where a small set is passed over more often, and where patience ended it."""
     longer = Trial(MLP, replace(RECIPE, epochs=2, min_steps=18), 0, None, every=2)  # five epochs of four steps
@@ -211,39 +177,6 @@ def test_a_run_is_measured_where_it_ends(data, tmp_path):
     ended = Trial(replace(MLP, name="x"), replace(RECIPE, learning_rate=1e-12, epochs=9, patience=2), 0, None, every=9)
     rows = run_trial(ended, data, tmp_path, CPU)
     assert sorted({row["epoch"] for row in rows}) == [1, 3] and all(np.isfinite(row["loss"]) for row in rows)
-
-
-def test_every_system_is_what_its_name_says():
-    grid, recipe = (8, 8), replace(FAST, epochs=1)
-    systems = [*SHORTCUT_SYSTEMS, *PART_SYSTEMS, *switch_systems(grid), *recipe_systems(FAST)]
-    for names in (SHORTCUT_SYSTEMS, (*PART_SYSTEMS, *switch_systems(grid)), recipe_systems(FAST)):
-        identities = [json.dumps([s.network, s.options, s.changes], default=list, sort_keys=True) for s in names]
-        assert len(set(identities)) == len({s.name for s in names}) == len(names)
-    for system in systems:
-        own = system.recipe(recipe)
-        network = system.build(12, 16, grid, own)
-        assert network.reconstruct(torch.randn(2, 64, 12)).shape == (2, 64, 12), system.name
-        if system.network not in ("uniad", "transformer"):
-            continue
-        layers = network.transformer.decoder.layers
-        attentions = [network.transformer.encoder.layers[0].self_attn, layers[0].self_attn, layers[0].multihead_attn]
-        windows = [attention.neighbor_size for attention in attentions]
-        if system.name in ("without NMA", "LQD alone", "FJ alone", "none of them"):
-            assert windows == [None] * 3
-        elif system.name == "mask in encoder":
-            assert windows == [(4, 4), None, None]
-        elif system.name.startswith("window"):
-            assert windows == [tuple(map(int, system.name.split()[1].split("x")))] * 3
-        blocks = [
-            p for n, p in network.transformer.named_parameters() if n.endswith(("out_proj.weight", "linear2.weight"))
-        ]
-        assert len(blocks) == 4 * 2 + 4 * 3
-        assert all((p == 0).all() == own.zero_blocks for p in blocks), system.name
-        if "jitter" in system.name or "FJ" in system.name:
-            assert (network.jitter_scale, network.jitter_prob) == (own.jitter_scale, own.jitter_prob)
-    assert {s.name: s.recipe(recipe).jitter_prob for s in PART_SYSTEMS}["without FJ"] == 0.0
-    with pytest.raises(ValueError, match="'gru'"):
-        System("x", "gru").build(12, 16, grid, recipe)
 
 
 @pytest.mark.parametrize("name", ["shortcut", "ablation", "recipe"])
@@ -269,12 +202,6 @@ def test_data_that_can_not_be_studied_is_named(data, backbone, tmp_path):
         plan("speed", data)
 
 
-def call(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result.output
-
-
 @pytest.mark.parametrize(("name", "pictures"), [("shortcut", 3), ("ablation", 0), ("time", 0)])
 def test_the_command_line(name, pictures, two_classes, backbone_weights, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "PART_SYSTEMS", (UNIAD, replace(UNIAD, name="again")))
@@ -291,7 +218,7 @@ def test_the_command_line(name, pictures, two_classes, backbone_weights, tmp_pat
     for path in drawn:
         assert len(np.unique(np.asarray(Image.open(path)))) > 50, path
     written = (output / "results.csv").read_text()
-    monkeypatch.setattr(trial, "train", None)  # what is done is not done again
+    monkeypatch.setattr(trial, "train_pipeline", None)  # what is done is not done again
     call("study", name, two_classes, "-o", output, *options)
     assert (output / "results.csv").read_text() == written and (output / "table.md").read_text() == table
     text = call("study", name, two_classes, "-o", output, *options[:-1], 3, code=2)

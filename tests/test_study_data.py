@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from uniad_fast.data.datasets import load_dataset
-from uniad_fast.data.images import read_mask
+from uniad_fast.data.masks import read_mask
 from uniad_fast.studies import textures
 from uniad_fast.studies.digits import NORMAL_SETS, write_digits
 from uniad_fast.studies.extra import MissingPackageError

@@ -3,7 +3,7 @@
 import pytest
 import sanitized
 import torture
-from uniad_fast.kernels import build
+from uniad_fast.kernels.cpu import build
 
 
 @pytest.mark.parametrize("scenario", torture.SCENARIOS)

@@ -5,59 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from triton_cases import DEVICE, assert_agree, attention_inputs, run
 
 from uniad_fast import UniAD, jitter_project, neighbor_masked_attention
-from uniad_fast.ops import dispatch as impls
-from uniad_fast.ops import noise
-from uniad_fast.ops.geometry import hidden_keys
+from uniad_fast.ops import dispatch, noise
 from uniad_fast.testing import assert_within_budget
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-from uniad_fast.kernels import launch, philox, tiles  # noqa: E402
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def attention_inputs(feature_size, batch=2, heads=2, head_dim=16, dtype=torch.float32, query_batch=None):
-    tokens = feature_size[0] * feature_size[1]
-    shapes = [(query_batch or batch, heads, tokens, head_dim)] + 2 * [(batch, heads, tokens, head_dim)]
-    return [torch.randn(shape, device=DEVICE).to(dtype).requires_grad_() for shape in shapes]
-
-
-def run(tensors, feature_size, neighbor_size, impl, p=0.0, seed=None, **options):
-    tensors = [t.detach().requires_grad_() for t in tensors]
-    out = neighbor_masked_attention(*tensors, feature_size, neighbor_size, dropout_p=p, seed=seed, impl=impl, **options)
-    weight = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=out.dtype).view_as(out)
-    return [out, *torch.autograd.grad(out, tensors, weight)]
-
-
-def plain_low_precision(tensors, feature_size, neighbor_size, p, seed):
-    """Attention by stock operations in the tensors' own dtype, with the reference's draws."""
-    query, key, value = (t.detach().requires_grad_() for t in tensors)
-    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
-    hidden = hidden_keys(feature_size, neighbor_size, DEVICE)
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden.all(1, keepdim=True), 0)
-    if p > 0:
-        keep = noise.keep_mask(seed, (weights.shape[0] * weights.shape[1], *weights.shape[2:]), p, DEVICE)
-        weights = weights * keep.view_as(weights) / (1 - p)
-    out = weights @ value
-    weight = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=out.dtype).view_as(out)
-    return [out, *(g.nan_to_num() for g in torch.autograd.grad(out, (query, key, value), weight))]
-
-
-def assert_agree(tensors, ours, feature_size, neighbor_size, low_precision=False, **options):
-    """`ours` within the budget of the reference in float64, the plain way being the reference in the same dtype.
-
-    low_precision: the plain way is stock operations that round every intermediate; the reference computes in float32.
-    """
-    truth = run([t.double() for t in tensors], feature_size, neighbor_size, "reference", **options)
-    if low_precision:
-        plain = plain_low_precision(tensors, feature_size, neighbor_size, **options)
-    else:
-        plain = run(tensors, feature_size, neighbor_size, "reference", **options)
-    for name, mine, true, theirs in zip(("out", "dq", "dk", "dv"), ours, truth, plain, strict=True):
-        assert_within_budget(mine, true, theirs, name)
+from uniad_fast.kernels.gpu import launch, philox  # noqa: E402
 
 
 @pytest.fixture
@@ -89,7 +45,7 @@ def right_bfloat16(monkeypatch):
 
     monkeypatch.setattr(builder, "cast_impl", cast_impl)
     monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest))
-    monkeypatch.setattr(impls, "kernel_problem", lambda *_: None)
+    monkeypatch.setattr(dispatch, "kernel_problem", lambda *_: None)
 
 
 @triton.jit
@@ -170,88 +126,6 @@ def test_a_broadcast_query_with_dropout():
     assert_agree(tensors, run(tensors, (5, 7), (3, 3), "triton", p=0.2, seed=3), (5, 7), (3, 3), p=0.2, seed=3)
 
 
-ALL_TILES = sorted({*tiles.ATTENTION.values(), *tiles.ATTENTION_AMD.values()}, key=repr)
-
-
-@pytest.mark.parametrize("tile", ALL_TILES, ids=lambda t: f"{t.block_m}x{t.block_n}x{t.num_warps}")
-def test_every_tile_runs(tile, monkeypatch):
-    """Tokens that fill no block, and blocks that are hidden, visible and mixed."""
-    monkeypatch.setattr(launch, "attention_tile", lambda *_: tile)
-    feature_size, neighbor_size = (2, 65), (1, 129)
-    tensors = attention_inputs(feature_size, batch=1, heads=1)
-    ours = run(tensors, feature_size, neighbor_size, "triton", p=0.1, seed=5)
-    assert_agree(tensors, ours, feature_size, neighbor_size, p=0.1, seed=5)
-
-
-@pytest.mark.parametrize(
-    ("feature_size", "neighbor_size"), [((14, 14), (7, 7)), ((2, 65), (1, 129)), ((5, 13), (9, 25)), ((16, 16), None)]
-)
-@pytest.mark.parametrize("p", [0.0, 0.2])
-def test_whole_sequences(feature_size, neighbor_size, p, monkeypatch):
-    """One program a head. float32 is too wide for it on a chip; here it holds outputs, and gradients from its sums."""
-    monkeypatch.setattr(launch, "whole_sequence_tile", lambda *_: tiles.TileConfig(64, 256, 4, 1, whole=True))
-    tensors = attention_inputs(feature_size, batch=2, heads=1, query_batch=1)
-    ours = run(tensors, feature_size, neighbor_size, "triton", p=p, seed=5)
-    assert_agree(tensors, ours, feature_size, neighbor_size, p=p, seed=5)
-
-
-def test_whole_sequences_serve_what_fits():
-    assert tiles.whole_sequence_tile(196, 2, 32, blackwell=False) == tiles.TileConfig(64, 256, 4, 1, whole=True)
-    assert tiles.whole_sequence_tile(100, 2, 16, blackwell=False).block_n == 128
-    for tokens, element_size, head_dim, blackwell in (
-        (64, 2, 32, False), (257, 2, 32, False), (196, 4, 32, False), (196, 2, 64, False), (196, 2, 32, True),
-    ):  # fmt: skip
-        assert tiles.whole_sequence_tile(tokens, element_size, head_dim, blackwell) is None
-
-
-@pytest.fixture
-def tf32_switches():
-    """Torch's switches for products on a GPU, put back afterwards."""
-    matmul = torch.backends.cuda.matmul
-    if not hasattr(matmul, "fp32_precision"):
-        pytest.skip("the newer names came with torch 2.9")
-    before = torch.backends.fp32_precision, matmul.fp32_precision
-    yield torch.backends, matmul
-    torch.backends.fp32_precision, matmul.fp32_precision = before
-
-
-@pytest.mark.skipif(torch.version.hip is not None, reason="AMD has no TF32")
-def test_tf32_is_used_where_either_of_torchs_switches_allows_it(tf32_switches):
-    """Reading the older name after the newer one was set raises, and every launch with it."""
-    backends, matmul = tf32_switches
-    tile = tiles.TileConfig(64, 64, 4, 2)
-    for everywhere, products, expected in (
-        ("none", "none", "tf32x3"), ("tf32", "none", "tf32"), ("none", "tf32", "tf32"), ("tf32", "ieee", "tf32x3"),
-        ("ieee", "tf32", "tf32"),
-    ):  # fmt: skip
-        backends.fp32_precision, matmul.fp32_precision = everywhere, products
-        assert tiles.dot_precision(tile) == expected, (everywhere, products)
-        assert tiles.dot_precision(tiles.TileConfig(64, 64, 4, 2, precision="ieee")) == "ieee"
-    backends.fp32_precision = matmul.fp32_precision = "none"
-    matmul.allow_tf32 = True
-    assert tiles.dot_precision(tile) == "tf32"
-    matmul.allow_tf32 = False
-    assert tiles.dot_precision(tile) == "tf32x3"
-
-
-def test_wholly_hidden_blocks_are_skipped_where_there_are_enough():
-    assert tiles.skipping_pays(2, 128, 0, 126, 64, 64)
-    assert not tiles.skipping_pays(14, 14, 3, 3, 64, 64)
-    assert not tiles.skipping_pays(28, 28, 7, 7, 64, 64)
-
-
-def test_a_skipped_block_is_not_loaded():
-    """Queries see the other row only: NaN in keys that are wholly hidden from them must not reach their output."""
-    tile = tiles.TileConfig(64, 64, 4, 1)
-    assert tiles.skipping_pays(2, 64, 0, 63, 64, 64)
-    query, key, value = (t.detach() for t in attention_inputs((2, 64), batch=1, heads=1))
-    expected, _ = launch.attention_forward(query, key, value, None, 2, 64, 0, 63, 0.0, 0.25, tile)
-    poisoned = key.clone()
-    poisoned[:, :, :64] = float("nan")
-    out, _ = launch.attention_forward(query, poisoned, value, None, 2, 64, 0, 63, 0.0, 0.25, tile)
-    assert torch.equal(out[:, :, :64], expected[:, :, :64]) and out[:, :, 64:].isnan().all()
-
-
 def test_the_same_inputs_give_the_same_bits():
     tensors = attention_inputs((7, 9))
     first, second = (run(tensors, (7, 9), (3, 3), "triton", p=0.1, seed=2) for _ in range(2))
@@ -322,10 +196,9 @@ def test_nothing_of_n_by_n_is_allocated(monkeypatch):
     monkeypatch.setattr(launch, "attention", SimpleNamespace(**{name: Launched() for name in kernels}))
     query, key, value = (torch.ones(1, 3, 10_000, 32, device=DEVICE) for _ in range(3))
     sizes.clear()
-    geometry = (100, 100, 4, 4, 0.1, 1.0)
-    seed = torch.tensor(1, device=DEVICE)
-    out, stats = launch.attention_forward(query, key, value, seed, *geometry)
-    launch.attention_backward(out, query, key, value, out, stats, seed, *geometry)
+    arguments = ((100, 100, 4, 4), 0.1, 1.0, torch.tensor(1, device=DEVICE))
+    out, stats = launch.attention_forward(query, key, value, *arguments)
+    launch.attention_backward(out, query, key, value, out, stats, *arguments)
     assert 0 < sum(sizes) < 3 * 4 * query.nbytes
 
 
@@ -351,12 +224,12 @@ def test_double_backward_is_refused():
 
 
 def test_without_gradients_no_graph_is_built(monkeypatch):
-    from uniad_fast.ops import autograd
+    from uniad_fast.ops.neighbor_masked_attention import _Attention
 
     def never(*_):
         raise AssertionError("a graph was built")
 
-    monkeypatch.setattr(autograd._Attention, "apply", never)
+    monkeypatch.setattr(_Attention, "apply", never)
     query, key, value = attention_inputs((3, 4))
     with torch.no_grad():
         neighbor_masked_attention(query, key, value, (3, 4), (1, 1), impl="triton")
@@ -380,11 +253,3 @@ def test_the_interpreter_is_not_trusted_with_bfloat16():
     query = torch.zeros(1, 1, 6, 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="interpreter computes bfloat16 wrongly"):
         neighbor_masked_attention(query, query, query, (2, 3), (1, 1), impl="triton")
-
-
-@pytest.mark.parametrize("tile", [None, tiles.TileConfig(32, 16, 4, 1)])
-def test_a_tile_can_be_given(tile):
-    query, key, value = (t.detach() for t in attention_inputs((5, 7)))
-    out, _ = launch.attention_forward(query, key, value, None, 5, 7, 1, 1, 0.0, 0.25, tile)
-    expected = neighbor_masked_attention(query, key, value, (5, 7), (3, 3), impl="reference")
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)

@@ -26,10 +26,9 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 from conftest import BACKBONE, QUICK, save, striped_picture  # noqa: E402
 
-from uniad_fast import AnomalyDetector
-from uniad_fast.cli.main import main as cli
-from uniad_fast.data.samples import feature_cache as features  # noqa: E402
-from uniad_fast.detect import detector
+from uniad_fast import AnomalyDetector  # noqa: E402
+from uniad_fast.cli.main import app  # noqa: E402
+from uniad_fast.data.image_batches import read_batches  # noqa: E402
 
 _fork = multiprocessing.get_context("fork")
 
@@ -71,18 +70,17 @@ class Place:
         torch.manual_seed(0)
         torch.save(timm.create_model(BACKBONE).state_dict(), root / "weights.pth")
         # Small steps, so that there is much to be interrupted.
-        features.read_batches.__defaults__ = (2, None)
-        train = detector.train
-        detector.train = lambda *args, **options: train(*args, **(options | {"checkpoint_seconds": 0.0}))
+        read_batches.__defaults__ = (2,)
+        AnomalyDetector.fit.__kwdefaults__["checkpoint_seconds"] = 0.0
 
     def train(self, name: str) -> Callable[[], None]:
         options = ["--backbone-weights", str(self.root / "weights.pth"), "--epochs", "6", "--resume", "-q"]
         arguments = ["train", str(self.root / "good"), "-o", str(self.root / name / "bundle"), *QUICK, *options]
-        return lambda: cli.app([*arguments, "--cache", str(self.root / name / "cache")])
+        return lambda: app([*arguments, "--cache", str(self.root / name / "cache")])
 
     def score(self, bundle: Path, output: Path) -> Callable[[], None]:
         arguments = ["score", str(bundle), str(self.root / "good"), "-o", str(output), "--threshold", "1e9", "-q"]
-        return lambda: cli.app([*arguments, "--batch-size", "2"])
+        return lambda: app([*arguments, "--batch-size", "2"])
 
 
 def contents(folder: Path, leave_out: str = "training.csv") -> dict[str, str]:

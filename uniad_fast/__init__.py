@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 from .interop.replace import fast_attention, replace_attention, restore_attention
 from .models.attention import NeighborMaskedAttention
 from .models.uniad import UniAD
-from .ops.functional import jitter_project, neighbor_masked_attention
+from .ops.jitter_project import jitter_project
+from .ops.neighbor_masked_attention import neighbor_masked_attention
 
 if TYPE_CHECKING:
     from .detect.detector import AnomalyDetector as AnomalyDetector
-    from .detect.detector import Prediction as Prediction
+    from .detect.prediction import Prediction as Prediction
 
 __all__ = [
     "AnomalyDetector",
@@ -27,8 +28,12 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     # The detector brings Pillow and timm along, which those who only want the ops need not pay for.
-    if name in ("AnomalyDetector", "Prediction"):
-        from .detect import detector
+    if name == "AnomalyDetector":
+        from .detect.detector import AnomalyDetector
 
-        return getattr(detector, name)
+        return AnomalyDetector
+    if name == "Prediction":
+        from .detect.prediction import Prediction
+
+        return Prediction
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import UniadFastError
 from .printable import printable
@@ -132,6 +132,16 @@ def check_state_dict(given: StateDict, wanted: StateDict, what: str) -> None:
         listed = "\n  ".join(sorted(problems)[:_LISTED])
         more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise WeightsError(f"{what} do not fit, {len(problems)} tensors:\n  {listed}{more}")
+
+
+def assign(module: nn.Module, state: StateDict) -> None:
+    """Give a module copies of these tensors, which fit those of its own of these names, in its own dtypes.
+
+    The module may have been made without memory: then nothing that is replaced was ever computed.
+    """
+    own = module.state_dict()
+    copies = {name: tensor.to(own[name].dtype, copy=True) for name, tensor in state.items()}
+    module.load_state_dict(copies, strict=False, assign=True)
 
 
 def packaged_backbone_weights(backbone: str) -> Path | None:

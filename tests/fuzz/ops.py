@@ -13,7 +13,7 @@ from op_cases import layouts
 from torch import Tensor
 
 from uniad_fast import jitter_project, neighbor_masked_attention
-from uniad_fast.ops.functional import dropout, dropout_add_norm
+from uniad_fast.ops.dropout import dropout, dropout_add_norm
 
 _EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 _ROUNDINGS = 32

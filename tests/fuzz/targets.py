@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
-from . import files, ops
+from . import data, ops, stored
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ TARGETS = {
     "norm": Target(ops.norm_cases, partial(ops.check_norm, impl="cpu"), 0.1),
     "dropout": Target(ops.dropout_cases, partial(ops.check_dropout, impl="cpu"), 0.1),
     "bad calls": Target(ops.bad_calls, ops.check_bad_call, 0.1),
-    "metadata": Target(files.metadata_cases, files.check_metadata, 0.12),
-    "folders": Target(files.folder_cases, files.check_folder, 0.06),
-    "images": Target(files.image_cases, files.check_image, 0.1),
-    "bundles": Target(files.bundle_cases, files.check_bundle, 0.03),
-    "cache notes": Target(files.cache_cases, files.check_cache, 0.05),
-    "checkpoints": Target(files.checkpoint_cases, files.check_checkpoint, 0.02),
-    "configurations": Target(files.configuration_cases, files.check_configuration, 0.02),
+    "metadata": Target(data.metadata_cases, data.check_metadata, 0.12),
+    "folders": Target(data.folder_cases, data.check_folder, 0.06),
+    "images": Target(data.image_cases, data.check_image, 0.1),
+    "bundles": Target(stored.bundle_cases, stored.check_bundle, 0.03),
+    "cache notes": Target(stored.cache_cases, stored.check_cache, 0.05),
+    "checkpoints": Target(stored.checkpoint_cases, stored.check_checkpoint, 0.02),
+    "configurations": Target(stored.configuration_cases, stored.check_configuration, 0.02),
 }
 # The interpreter is slow: it is fuzzed apart, a little.
 TRITON = {

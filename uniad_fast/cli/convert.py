@@ -1,14 +1,14 @@
 """uniad-fast convert: other codebases' checkpoints to bundles, and back."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ..detect.bundle import check_writable
 from ..detect.detector import AnomalyDetector
 from ..errors import UniadFastError
-from ..interop.checkpoints import load, save
+from ..interop.checkpoints import NotInTensors, load, save
 from .options import CacheDirectory, Device, FalseAlarmRate, Quiet, finish, say
 
 
@@ -47,40 +47,22 @@ def convert(
     """
     if to is None:
         check_writable(output)
-    given = {
-        "--config": config,
-        "--backbone": backbone,
-        "--backbone-weights": backbone_weights,
-        "--image-size": image_size,
-        "--heads": heads,
-        "--window": window,
-    }
-    said = [name for name, value in given.items() if value is not None]
-    if checkpoint.is_dir() and said:
-        raise UniadFastError(
-            f"{checkpoint} is a bundle, which says all by itself: {', '.join(said)} would not be followed"
-        )
-    if config is not None and (heads is not None or window is not None):
-        raise UniadFastError("--config says heads and window: give it, or --heads and --window")
+    _refuse_what_is_said_twice(
+        checkpoint, config=config, backbone=backbone, backbone_weights=backbone_weights, image_size=image_size,
+        heads=heads, window=window,
+    )  # fmt: skip
     found = load(
         checkpoint,
         config=config,
         backbone=backbone,
         backbone_weights=backbone_weights,
         image_size=image_size,
-        nhead=8 if heads is None else heads,
-        neighbor_size=window,
+        not_in_tensors=NotInTensors(8 if heads is None else heads, window),
         device=device,
     )
-    if not isinstance(found, AnomalyDetector):
-        raise UniadFastError(
-            f"{checkpoint} holds no whole detector, only a {type(found).__name__}: "
-            "name the backbone of a network with --backbone; a backbone is for train --backbone-weights"
-        )
     if good is not None:
         found.cache_dir = cache
-        found.false_alarm_rate = false_alarm_rate
-        found.calibrate(good, quiet=quiet)
+        found.calibrate(good, false_alarm_rate=false_alarm_rate, quiet=quiet)
     if to is not None:
         differs = save(found, output, to)
         say(f"wrote {output}")
@@ -88,12 +70,25 @@ def convert(
             say(f"differs there: {sentence}")
     else:
         found.save(output)
-        scorer = found.scorer
-        padding = f", padded for {scorer.backbone.padded_for} pixels" if scorer.backbone.padded_for else ""
-        height, width = scorer.model.feature_size
-        say(f"wrote {output}: {found.backbone_name}{padding}, {height} x {width} tokens, {found.image_size} pixels")
-        if found.is_calibrated:
-            say(f"threshold {found.calibration.threshold:.4f}")
-        else:
-            say("it has no threshold: give good images with --good, or score with --threshold")
+        say(f"wrote {output}: {_described(found)}")
     finish(found.unreadable)
+
+
+def _refuse_what_is_said_twice(checkpoint: Path, **options: Any) -> None:
+    named = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if checkpoint.is_dir() and named:
+        raise UniadFastError(
+            f"{checkpoint} is a bundle, which says all by itself: {', '.join(named)} would not be followed"
+        )
+    if "--config" in named and {"--heads", "--window"} & set(named):
+        raise UniadFastError("--config says heads and window: give it, or --heads and --window")
+
+
+def _described(detector: AnomalyDetector) -> str:
+    pipeline = detector.pipeline
+    backbone, (height, width) = pipeline.backbone, pipeline.model.feature_size
+    padding = f", padded for {backbone.padded_for} pixels" if backbone.padded_for else ""
+    what = f"{backbone.name}{padding}, {height} x {width} tokens, {pipeline.image_size} pixels\n"
+    if detector.is_calibrated:
+        return what + f"threshold {detector.calibration.threshold:.4f}"
+    return what + "it has no threshold: give good images with --good, or score with --threshold"

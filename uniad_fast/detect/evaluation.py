@@ -5,23 +5,21 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..data.image_batches import read_batches
-from ..data.images import UnreadableImage, read_mask
+from ..data.images import UnreadableImage
+from ..data.masks import read_mask
 from ..data.samples import DataError, Sample
 from ..models.uniad import save_reconstructions
 from ..printable import printable
-from ..progress import progress
-from ..signals import stop_if_asked
 from .detector import AnomalyDetector
-from .metrics import DETECTION, LOCALISATION, detection_metrics, localisation_metrics
-from .scoring import Scorer, image_scores, to_maps
+from .metrics import DETECTION, LOCALISATION, detection_metrics, localisation_metrics, mean_of_defined
+from .pipeline import to_maps
+from .score_files import score_files
 
 COLUMNS = tuple(f"image_{name}" for name in DETECTION) + tuple(f"pixel_{name}" for name in LOCALISATION)
 
@@ -64,80 +62,90 @@ def evaluate(
         DataError: no image could be read, or no score is finite.
         Stopped: a signal asked for it.
     """
-    used, grids, unreadable = _score(detector, samples, reconstructions_dir, quiet)
-    if not used:
-        raise DataError("no test image could be read" + "".join(f"\n  {m}" for m in unreadable[:10]))
-    scorer = detector.scorer
-    scores = torch.cat(
-        [image_scores(to_maps(part, scorer.image_size), detector.image_score) for part in grids.split(64)]
-    ).tolist()
-    finite = [math.isfinite(score) for score in scores]
-    not_finite = [
-        f"{printable(sample.path)}: its score is {score}"
-        for sample, score, good in zip(used, scores, finite, strict=True)
-        if not good
-    ]
-    if not any(finite):
-        raise DataError("no score is finite" + "".join(f"\n  {m}" for m in not_finite[:10]))
-    used, scores = list(compress(used, finite)), list(compress(scores, finite))
-    grids = grids[torch.tensor(finite)]
+    scored = _Scored()
+    reconstructions = _Reconstructions(detector, reconstructions_dir)
+    for batch in score_files(detector, [sample.path for sample in samples], quiet=quiet):
+        scored.unreadable += batch.unreadable
+        scored.unreadable += reconstructions.save([samples[image.number] for image in batch.images], batch.tokens)
+        for image in batch.images:
+            sample, score = samples[image.number], image.prediction.score
+            if math.isfinite(score):
+                scored.add(sample, score, image.score_map)
+            else:
+                scored.not_finite.append(f"{printable(sample.path)}: its score is {score}")
+    if not scored.samples:
+        problems, what = (
+            (scored.not_finite, "no score is finite") if scored.not_finite
+            else (scored.unreadable, "no test image could be read")
+        )  # fmt: skip
+        raise DataError(what + "".join(f"\n  {m}" for m in problems[:10]))
     by_class: dict[str, dict[str, float | None]] = {}
     notes: dict[str, list[str]] = {}
-    for name in sorted({sample.class_name for sample in used}):
-        rows = [i for i, sample in enumerate(used) if sample.class_name == name]
-        labels = [used[i].defective for i in rows]
-        image = detection_metrics([scores[i] for i in rows], labels)
-        missing = sum(used[i].defective and used[i].mask is None for i in rows)
-        unknown = detector.classes and name not in detector.classes
-        notes[name] = ["the detector was not trained on this class"] if unknown else []
-        notes[name] += [f"image metrics: {image.undefined}"] if image.undefined else []
-        maps = _MapsAndMasks(scorer, [used[i] for i in rows], grids[rows], unreadable, notes[name])
-        values = {f"image_{metric}": value for metric, value in image.values.items()}
-        if missing:
-            pixel_values: dict[str, float | None] = dict.fromkeys(LOCALISATION)
-            notes[name].append(f"pixel metrics: {missing} of {sum(labels)} defective images have no mask")
-        else:
-            pixel = localisation_metrics(maps)
-            pixel_values = pixel.values
-            notes[name] += [f"pixel metrics: {pixel.undefined}"] if pixel.undefined else []
-        by_class[name] = values | {f"pixel_{metric}": value for metric, value in pixel_values.items()}
-    mean = {column: _mean([row[column] for row in by_class.values()]) for column in COLUMNS}
-    return Evaluation(by_class, {k: v for k, v in notes.items() if v}, mean, used, scores, unreadable, not_finite)
+    for name in sorted({sample.class_name for sample in scored.samples}):
+        by_class[name], notes[name] = _measure(detector, name, scored)
+    mean = {column: mean_of_defined([row[column] for row in by_class.values()]) for column in COLUMNS}
+    notes = {name: reasons for name, reasons in notes.items() if reasons}
+    return Evaluation(by_class, notes, mean, scored.samples, scored.scores, scored.unreadable, scored.not_finite)
 
 
-def _score(
-    detector: AnomalyDetector, samples: Sequence[Sample], reconstructions_dir: str | os.PathLike | None, quiet: bool
-) -> tuple[list[Sample], torch.Tensor, list[str]]:
-    """Readable samples, their score grids [images, H, W], and messages about the others."""
-    scorer = detector.scorer
-    names: dict[tuple[str, str, str], Path] = {}
-    used: list[Sample] = []
-    grids: list[torch.Tensor] = []
-    unreadable: list[str] = []
-    paths = [sample.path for sample in samples]
-    with progress("scoring", len(samples), quiet=quiet) as bar:
-        start = 0
-        for batch in read_batches(paths, detector.image_size):
-            readable = [samples[start + position] for position in batch.used]
-            unreadable += [failure.message(paths[start:]) for failure in batch.failures]
-            start += batch.size
-            if readable:
-                tokens = scorer.tokens(batch.images)
-                grids.append(scorer.grids(tokens).cpu())
-                if reconstructions_dir is not None:
-                    saved = scorer.reconstruction(tokens)
-                    for sample, one in zip(readable, saved.split(1), strict=True):
-                        try:
-                            file = _name_once(sample, names)
-                            save_reconstructions(one, [sample.class_name], [file], reconstructions_dir)
-                        except OSError as error:
-                            unreadable.append(
-                                f"{printable(sample.path)}: reconstruction not written ({error.strerror})"
-                            )
-            used += readable
-            bar.update(batch.size)
-            stop_if_asked()
-    return used, torch.cat(grids) if grids else torch.zeros(0, 1, 1), unreadable
+@dataclass
+class _Scored:
+    """Samples with their image scores and score maps, and messages about the others."""
+
+    samples: list[Sample] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    score_maps: list[torch.Tensor] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
+
+    def add(self, sample: Sample, score: float, score_map: torch.Tensor) -> None:
+        self.samples.append(sample)
+        self.scores.append(score)
+        self.score_maps.append(score_map)
+
+
+def _measure(detector: AnomalyDetector, name: str, scored: _Scored) -> tuple[dict[str, float | None], list[str]]:
+    """(values of `COLUMNS`, remarks) of one class."""
+    rows = [i for i, sample in enumerate(scored.samples) if sample.class_name == name]
+    samples = [scored.samples[i] for i in rows]
+    labels = [sample.defective for sample in samples]
+    image = detection_metrics([scored.scores[i] for i in rows], labels)
+    unknown = detector.classes and name not in detector.classes
+    notes = ["the detector was not trained on this class"] if unknown else []
+    notes += [f"image metrics: {image.undefined}"] if image.undefined else []
+    pixel: dict[str, float | None] = dict.fromkeys(LOCALISATION)
+    if missing := sum(sample.defective and sample.mask is None for sample in samples):
+        notes.append(f"pixel metrics: {missing} of {sum(labels)} defective images have no mask")
+    else:
+        maps = [scored.score_maps[i] for i in rows]
+        size = detector.pipeline.image_size
+        found = localisation_metrics(_MapsAndMasks(size, samples, maps, scored.unreadable, notes))
+        pixel = found.values
+        notes += [f"pixel metrics: {found.undefined}"] if found.undefined else []
+    values = {f"image_{metric}": value for metric, value in image.values.items()}
+    return values | {f"pixel_{metric}": value for metric, value in pixel.items()}, notes
+
+
+class _Reconstructions:
+    """Reconstructed feature maps on disk, if they are asked for."""
+
+    def __init__(self, detector: AnomalyDetector, directory: str | os.PathLike | None) -> None:
+        self._detector = detector
+        self._directory = directory
+        self._names: dict[tuple[str, str, str], Path] = {}
+
+    def save(self, samples: list[Sample], tokens: torch.Tensor) -> list[str]:
+        """Write those of images with features [len(samples), N, C]; a message for each that can't be written."""
+        if self._directory is None or not samples:
+            return []
+        problems = []
+        for sample, one in zip(samples, self._detector.pipeline.reconstruction(tokens).split(1), strict=True):
+            try:
+                file = _name_once(sample, self._names)
+                save_reconstructions(one, [sample.class_name], [file], self._directory)
+            except OSError as error:
+                problems.append(f"{printable(sample.path)}: reconstruction not written ({error.strerror})")
+        return problems
 
 
 def _name_once(sample: Sample, names: dict[tuple[str, str, str], Path]) -> str:
@@ -153,18 +161,23 @@ class _MapsAndMasks:
     """Anomaly maps and masks of some samples, made anew on each way through: they need not fit in memory."""
 
     def __init__(
-        self, scorer: Scorer, samples: list[Sample], grids: torch.Tensor, unreadable: list[str], notes: list[str]
+        self,
+        image_size: int,
+        samples: list[Sample],
+        score_maps: list[torch.Tensor],
+        unreadable: list[str],
+        notes: list[str],
     ) -> None:
-        self._scorer = scorer
+        self._image_size = image_size
         self._unreadable = unreadable
         self._notes = notes
         self._told: set[Sample] = set()
-        self._items = list(zip(samples, grids, strict=True))
+        self._items = list(zip(samples, score_maps, strict=True))
 
     def __iter__(self) -> Iterator[tuple[NDArray, NDArray]]:
+        size = self._image_size
         for item in list(self._items):
-            sample, grid = item
-            size = self._scorer.image_size
+            sample, score_map = item
             mask = np.zeros((size, size), dtype=bool)
             if sample.mask is not None:
                 try:
@@ -176,9 +189,4 @@ class _MapsAndMasks:
                 if (not mask.any() or mask.all()) and sample not in self._told:
                     self._told.add(sample)
                     self._notes.append(f"{printable(sample.mask)} marks {'everything' if mask.all() else 'nothing'}")
-            yield to_maps(grid[None], self._scorer.image_size)[0].numpy(), mask
-
-
-def _mean(values: list[float | None]) -> float | None:
-    defined = [value for value in values if value is not None]
-    return sum(defined) / len(defined) if defined else None
+            yield to_maps(score_map[None], size)[0].numpy(), mask

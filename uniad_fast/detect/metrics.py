@@ -163,3 +163,9 @@ def _one_kind_only(what: str, positives: int, negatives: int) -> str | None:
 def _check_not_nan(scores: NDArray) -> None:
     if np.isnan(scores).any():
         raise ValueError(f"{int(np.isnan(scores).sum())} of {scores.size} scores are NaN")
+
+
+def mean_of_defined(values: Sequence[float | None]) -> float | None:
+    """The mean of those that are defined, as over the classes of a data set; None where none is."""
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None

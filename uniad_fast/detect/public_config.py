@@ -5,7 +5,6 @@ import inspect
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,10 @@ from ..models.architecture import Architecture
 from ..models.uniad import UniAD
 from ..printable import printable
 from ..training.recipes import PAPER, Recipe
+from .settings import DetectorSettings
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and deviation of its images' channels, which the public code normalises by."""
 _NETWORKS = ("models.reconstructions.UniAD", "uniad_fast.UniAD")
 _FOLLOW_FROM_THE_FEATURES = {"inplanes", "instrides", "feature_size"}
 _VARIED = ("hflip", "vflip", "rotate", "colorjitter", "random_color")
@@ -25,29 +27,8 @@ class ConfigError(UniadFastError):
     """A configuration that can't be followed; the message says which entry, and why."""
 
 
-@dataclass(frozen=True)
-class PublicConfig:
-    """What `read_config` found.
-
-    Attributes:
-        mean, std: of the channels of images in [0, 1].
-        image_score: as in `AnomalyDetector`.
-        stride: of the grid that all feature levels are resized to.
-    """
-
-    backbone: str
-    out_indices: tuple[int, ...]
-    image_size: int
-    architecture: Architecture
-    recipe: Recipe
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    image_score: str = "max"
-    stride: int = 16
-
-
-def read_config(source: str | os.PathLike | Mapping[str, Any]) -> PublicConfig:
-    """A configuration file, or what it holds, e.g. {"net": [...]}.
+def read_config(source: str | os.PathLike | Mapping[str, Any]) -> DetectorSettings:
+    """The settings that a configuration file says, or what it holds, e.g. {"net": [...]}.
 
     Of `net`, the backbone, the neck and the reconstruction with all its arguments; of `dataset`, input size, batch size
     and normalisation; of `trainer`, epochs, learning rate and its fall, weight decay and clipping; of `evaluator`, how
@@ -94,7 +75,7 @@ def check_stored_network(stored: Any, path: str | os.PathLike) -> None:
             )
 
 
-def _followed(config: Mapping[str, Any]) -> PublicConfig:
+def _followed(config: Mapping[str, Any]) -> DetectorSettings:
     parts = config["net"]
     if not isinstance(parts, list) or not all(
         isinstance(part, Mapping) and isinstance(part.get("name"), str) for part in parts
@@ -117,15 +98,18 @@ def _followed(config: Mapping[str, Any]) -> PublicConfig:
     ignored = sorted(name for name in _VARIED if _is_on(config, name))
     if ignored:
         raise ConfigError(f"dataset.{ignored[0]}: images are learnt as they are, without {', '.join(ignored)}")
-    return PublicConfig(
+    return DetectorSettings(
         backbone,
-        out_indices,
         height,
-        architecture,
-        recipe,
-        _channels("pixel_mean", dataset.get("pixel_mean", (0.485, 0.456, 0.406)), lowest=None),
-        _channels("pixel_std", dataset.get("pixel_std", (0.229, 0.224, 0.225)), lowest=1e-6),
-        _image_score(_mapping("", config, "evaluator", {}).get("key_metric")),
+        out_indices,
+        stride=16,
+        normalization=(
+            _channels("pixel_mean", dataset.get("pixel_mean", IMAGENET[0]), lowest=None),
+            _channels("pixel_std", dataset.get("pixel_std", IMAGENET[1]), lowest=1e-6),
+        ),
+        recipe=recipe,
+        architecture=architecture,
+        image_score=_image_score(_mapping("", config, "evaluator", {}).get("key_metric")),
     )
 
 

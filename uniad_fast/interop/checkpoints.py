@@ -9,20 +9,23 @@ layout            backbone                             network             pads 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..detect.detector import AnomalyDetector
-from ..detect.public_config import PublicConfig, check_stored_network, read_config
+from ..detect.public_config import IMAGENET, check_stored_network, read_config
+from ..detect.settings import DetectorSettings
 from ..files import atomic_path
-from ..models.architecture import build_model, read_architecture
-from ..models.backbone import Backbone, stage_channels
+from ..models.architecture import Architecture, read_architecture
+from ..models.backbone import Backbone
 from ..models.efficientnet import has_public_names, native_size, public_names, recognize
+from ..models.timm_features import stage_channels
 from ..models.uniad import UniAD
 from ..ops.geometry import Size
 from ..printable import printable
 from ..state_dicts import StateDict, WeightsError, check_state_dict, part_of, read_checkpoint
+from ..training.build import build_model
 from ..training.recipes import PAPER
 
 _PREFIXES = {
@@ -31,8 +34,20 @@ _PREFIXES = {
     "reconstruction": ("", ""),
 }
 LAYOUTS = tuple(_PREFIXES)
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _STRIDE = 16  # of every public configuration's neck
+
+
+class NotInTensors(NamedTuple):
+    """What the tensors of a network do not tell of it.
+
+    nhead: attention heads. neighbor_size: (h, w) of the hidden window; None for half of the grid.
+    """
+
+    nhead: int = 8
+    neighbor_size: Size | None = None
+
+
+_USUAL = NotInTensors()
 
 
 def load(
@@ -42,72 +57,125 @@ def load(
     backbone: str | None = None,
     backbone_weights: str | os.PathLike | None = None,
     image_size: int | None = None,
-    nhead: int = 8,
-    neighbor_size: Size | None = None,
+    not_in_tensors: NotInTensors = _USUAL,
     device: str | torch.device | None = None,
     impl: str | None = None,
-) -> AnomalyDetector | UniAD | Backbone:
-    """What a checkpoint holds, ready for use.
+) -> AnomalyDetector:
+    """The detector that a checkpoint holds, ready for use.
 
-    A training checkpoint of the public UniAD code or of ADer, or a bundle of ours, gives an `AnomalyDetector` that
-    scores images as the original does: L2 norm, maximum of the average-pooled map, ImageNet's normalisation, the
-    public backbone's padding. It has no threshold until `calibrate` is called with good images. The weights of a
-    network alone give a `UniAD`, or with `backbone` a detector; those of a backbone alone a `Backbone`.
+    That of a training checkpoint of the public UniAD code or of ADer scores images as the original does: L2 norm,
+    maximum of the average-pooled map, ImageNet's normalisation, the public backbone's padding. It has no threshold
+    until `calibrate` is called with good images. The weights of a network alone give one with `backbone`.
 
-    Grid, widths and numbers of layers are read off the tensors. Of what the file has beside them, nothing is built.
+    Sizes and numbers of layers are read off the tensors. Of what the file has beside them, nothing is built.
 
     Args:
-        config: the public code's configuration that belongs to the checkpoint: says nhead, neighbor_size and the like.
-        backbone: timm name; needed where the checkpoint's is no EfficientNet, and for a detector of a network alone.
+        config: the public code's configuration that belongs to the checkpoint: says heads, window and the like.
+        backbone: timm name; needed where the checkpoint's is no EfficientNet, and for a network alone.
         backbone_weights: its weights, if the checkpoint has none; see `Backbone.pretrained`.
-        image_size: side in pixels of the images; None for the grid times its stride.
-        nhead: attention heads, which tensors do not tell.
-        neighbor_size: (h, w) of the hidden window, which they do not tell either; None for half of the grid.
+        image_size: side in pixels of the images; None for the feature map's times its stride.
+        not_in_tensors: heads and window, where no configuration says them.
         device, impl: as in `AnomalyDetector`.
 
     Raises:
-        WeightsError: unreadable, of no known layout, or tensors missing, unexpected or of another shape, all listed.
+        WeightsError: unreadable, of no known layout, no whole detector, or tensors that do not fit, all listed.
         BundleError, ConfigError: a folder that is no bundle, a configuration that can't be followed.
     """
     if Path(path).is_dir():
         return AnomalyDetector.load(path, device, impl)
-    state, stored = read_checkpoint(path)
-    if has_public_names(state) or "conv_stem.weight" in state:
-        name = backbone or recognize(state)
-        return Backbone.from_state(name, image_size or native_size(name) or 224, None, state)
-    layout = _layout_of(state, path)
-    frozen_state, network = (part_of(state, prefix) for prefix in _PREFIXES[layout])
+    found = _read(path)
+    if found.layout == "backbone":
+        raise WeightsError(f"{path} holds a backbone alone: it is for train --backbone-weights, not for a detector")
     said = read_config(config) if config is not None else None
-    if stored is not None:
-        check_stored_network(stored, path)
-    architecture, channels, grid = read_architecture(network, nhead, neighbor_size)
-    if said is not None:
-        architecture = said.architecture
-    model = build_model(channels, _STRIDE, grid, PAPER, impl, architecture)
-    check_state_dict(network, model.state_dict(), f"the network's tensors in {path}")
-    model.load_state_dict(network)
-    if said is not None:
-        backbone = backbone or said.backbone
-    if layout == "reconstruction" and backbone is None:
-        return model.eval()
-    if grid[0] != grid[1]:
-        raise WeightsError(f"{path} has a grid of {grid[0]} x {grid[1]} tokens, and a detector sees square images")
-    side = image_size or grid[0] * _STRIDE
-    if layout == "reconstruction":
-        assert backbone is not None
-        levels = _levels(backbone, side, channels, said)
-        frozen = Backbone.pretrained(backbone, side, backbone_weights, levels, _STRIDE)
-    else:
-        name = backbone or recognize(frozen_state)
-        padded_for = native_size(name) if has_public_names(frozen_state) else None
+    model, architecture, channels = _network(found, said, not_in_tensors, impl, path)
+    name = backbone or (said.backbone if said else None)
+    if found.layout == "reconstruction" and name is None:
+        raise WeightsError(f"{path} holds a network alone: name the backbone whose features it takes, with --backbone")
+    height, width = model.feature_size
+    if height != width:
+        raise WeightsError(f"{path} has a grid of {height} x {width} tokens, and a detector sees square images")
+    side = image_size or height * _STRIDE
+    if found.layout == "reconstruction":
+        assert name is not None
         levels = _levels(name, side, channels, said)
-        frozen = Backbone.from_state(name, side, levels, frozen_state, padded_for, _STRIDE)
-    frozen.normalize_by(*((said.mean, said.std) if said else _IMAGENET))
-    if frozen.grid(side) != grid:
-        raise WeightsError(f"{path} has a grid of {grid}, but images of {side} pixels give {frozen.grid(side)}")
+        frozen = Backbone.pretrained(name, side, backbone_weights, levels, _STRIDE)
+    else:
+        name = name or recognize(found.backbone)
+        padded_for = native_size(name) if has_public_names(found.backbone) else None
+        levels = _levels(name, side, channels, said)
+        frozen = Backbone.from_state(name, side, levels, found.backbone, padded_for, _STRIDE)
+    frozen.normalize_by(*(said.normalization if said and said.normalization else IMAGENET))
+    if (given := frozen.feature_size(side)) != model.feature_size:
+        raise WeightsError(f"{path} has a grid of {model.feature_size}, but images of {side} pixels give {given}")
     return AnomalyDetector.from_parts(
         frozen, model, image_size=side, architecture=architecture, device=device, impl=impl
     )
+
+
+def load_network(path: str | os.PathLike, not_in_tensors: NotInTensors = _USUAL, impl: str | None = None) -> UniAD:
+    """The network of a checkpoint, of whatever layout, in evaluation mode.
+
+    Raises:
+        WeightsError: unreadable, of no known layout, without a network, or tensors that do not fit, all listed.
+    """
+    found = _read(path)
+    if found.layout == "backbone":
+        raise WeightsError(f"{path} holds a backbone, and no network")
+    return _network(found, None, not_in_tensors, impl, path)[0].eval()
+
+
+def load_backbone(path: str | os.PathLike, backbone: str | None = None, image_size: int | None = None) -> Backbone:
+    """The backbone that a file of its own holds.
+
+    Args:
+        backbone: timm name; None recognises an EfficientNet.
+        image_size: side in pixels of the images; None for that which it was made for.
+
+    Raises:
+        WeightsError: unreadable, no backbone, or tensors that do not fit, all listed.
+    """
+    found = _read(path)
+    if found.layout != "backbone":
+        raise WeightsError(f"{path} holds more than a backbone")
+    name = backbone or recognize(found.backbone)
+    return Backbone.from_state(name, image_size or native_size(name) or 224, None, found.backbone)
+
+
+class _Found(NamedTuple):
+    """The tensors of a checkpoint, and the record of its networks beside them, if there is one."""
+
+    layout: str  # one of LAYOUTS, or "backbone"
+    backbone: StateDict
+    network: StateDict
+    stored: Any
+
+
+def _read(path: str | os.PathLike) -> _Found:
+    state, stored = read_checkpoint(path)
+    if has_public_names(state) or "conv_stem.weight" in state:
+        return _Found("backbone", state, {}, stored)
+    layout = _layout_of(state, path)
+    backbone, network = (part_of(state, prefix) for prefix in _PREFIXES[layout])
+    return _Found(layout, backbone, network, stored)
+
+
+def _network(
+    found: _Found,
+    said: DetectorSettings | None,
+    not_in_tensors: NotInTensors,
+    impl: str | None,
+    path: str | os.PathLike,
+) -> tuple[UniAD, Architecture, int]:
+    """(the network, its architecture, channels of the feature map)."""
+    if found.stored is not None:
+        check_stored_network(found.stored, path)
+    architecture, channels, feature_size = read_architecture(found.network, *not_in_tensors)
+    if said is not None:
+        architecture = said.architecture
+    model = build_model(channels, _STRIDE, feature_size, PAPER, impl, architecture)
+    check_state_dict(found.network, model.state_dict(), f"the network's tensors in {path}")
+    model.load_state_dict(found.network)
+    return model, architecture, channels
 
 
 def save(detector: AnomalyDetector | UniAD, path: str | os.PathLike, layout: str = "uniad") -> list[str]:
@@ -141,7 +209,7 @@ def save(detector: AnomalyDetector | UniAD, path: str | os.PathLike, layout: str
         state = dict(detector.state_dict())
     else:
         state = {f"{prefix}{name}": tensor for name, tensor in _unstandardized(detector).items()}
-        frozen = detector.scorer.backbone
+        frozen = detector.pipeline.backbone
         if layout != "reconstruction":
             own = frozen.features.state_dict()
             names = public_names(own) if layout == "uniad" and "conv_stem.weight" in own else {}
@@ -182,9 +250,9 @@ def _layout_of(state: StateDict, path: str | os.PathLike) -> str:
     )
 
 
-def _levels(name: str, image_size: int, channels: int, said: PublicConfig | None) -> tuple[int, ...]:
+def _levels(name: str, image_size: int, channels: int, said: DetectorSettings | None) -> tuple[int, ...]:
     """The feature levels, one after the other, whose channels add up to those of the network."""
-    if said is not None:
+    if said is not None and said.out_indices is not None:
         return said.out_indices
     stages = stage_channels(name, image_size)
     for end in range(len(stages), 0, -1):  # the CIFAR-10 configurations take the stage of stride 32 too
@@ -198,9 +266,9 @@ def _levels(name: str, image_size: int, channels: int, said: PublicConfig | None
 
 def _unstandardized(detector: AnomalyDetector) -> StateDict:
     """The network's tensors for features as the backbone gives them: mean and deviation go into the projections."""
-    scorer = detector.scorer
-    state = dict(scorer.model.state_dict())
-    mean, std = scorer.mean, scorer.std
+    pipeline = detector.pipeline
+    state = dict(pipeline.model.state_dict())
+    mean, std = pipeline.mean, pipeline.std
     weight = state["input_proj.weight"] / std
     state["input_proj.bias"] = state["input_proj.bias"] - weight @ mean
     state["input_proj.weight"] = weight
@@ -210,19 +278,19 @@ def _unstandardized(detector: AnomalyDetector) -> StateDict:
 
 
 def _what_differs(detector: AnomalyDetector, layout: str) -> list[str]:
-    scorer = detector.scorer
-    frozen = scorer.backbone
+    pipeline = detector.pipeline
+    frozen, kind = pipeline.backbone, pipeline.residual_score.kind
     differs = []
-    if scorer.score != "l2" or not torch.equal(scorer.std, torch.ones_like(scorer.std)):
+    if kind != "l2" or not torch.equal(pipeline.std, torch.ones_like(pipeline.std)):
         differs.append(
             "scores: there the L2 norm of the residual of all channels as they are, here "
-            + (scorer.score if scorer.score != "l2" else "of standardised ones")
+            + (kind if kind != "l2" else "of standardised ones")
         )
     size = native_size(frozen.name)
-    if layout == "uniad" and size is not None and frozen.padded_for is None and size != detector.image_size:
+    if layout == "uniad" and size is not None and frozen.padded_for is None and size != pipeline.image_size:
         differs.append(f"features: the public backbone pads for images of {size} pixels, this one for those that come")
     if layout == "ader" and frozen.padded_for is not None:
         differs.append(f"features: ADer's backbone pads for the image that comes, this one for {frozen.padded_for}")
-    if frozen.mean.flatten().tolist() != torch.tensor(_IMAGENET[0]).tolist():
+    if frozen.mean.flatten().tolist() != torch.tensor(IMAGENET[0]).tolist():
         differs.append(f"input: normalise images with mean {frozen.mean.flatten().tolist()}, not ImageNet's")
     return differs

@@ -1,15 +1,14 @@
 """A model's own `generate_mask`, called once for each mask instead of in every forward pass."""
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from .identify_mask import Window, identify_mask
+from ..ops.geometry import Window
+from .identify_mask import identify_mask
 
 
 def generates_masks(module: nn.Module) -> bool:
@@ -41,7 +40,7 @@ class CachedMask:
         kept = self._masks.get((sizes, device))
         if kept and kept[0]._version == kept[1]:  # not written to by a caller
             return kept[0]
-        with torch.inference_mode(False), torch.no_grad(), _cuda_is_where_the_model_is(device):
+        with torch.inference_mode(False), torch.no_grad(), _CudaIsWhereTheModelIs(device):
             mask = build(self._owner, *args, **kwargs)
         if not isinstance(mask, Tensor) or not isinstance(identify_mask(mask, sizes[0]), Window):
             self._others.add(sizes)
@@ -51,11 +50,14 @@ class CachedMask:
         return mask
 
 
-@contextlib.contextmanager
-def _cuda_is_where_the_model_is(device: torch.device) -> Iterator[None]:
-    """The public code sends its mask to a GPU by name, which fails on a machine without one."""
-    if device.type == "cuda":
-        yield
-        return
-    with mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor):
-        yield
+class _CudaIsWhereTheModelIs(TorchFunctionMode):
+    """The public code sends its mask to a GPU by name, which fails on a machine without one. Of this thread alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(self, function: Any, _types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.cuda and self._device.type != "cuda":
+            return args[0]
+        return function(*args, **(kwargs or {}))

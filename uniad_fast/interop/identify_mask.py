@@ -6,20 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.geometry import Size, hidden_keys
-
-
-@dataclass(frozen=True)
-class Window:
-    """A token grid and the window hidden on it, None for nothing hidden."""
-
-    feature_size: Size
-    neighbor_size: Size | None
-
-    def __str__(self) -> str:
-        height, width = self.feature_size
-        hidden = "nothing hidden" if self.neighbor_size is None else "{}x{} hidden".format(*self.neighbor_size)
-        return f"{height}x{width}, {hidden}"
+from ..ops.geometry import Size, Window, hidden_keys
 
 
 @dataclass(frozen=True)
@@ -80,7 +67,7 @@ def identify_mask(mask: Tensor, feature_size: Size | None = None) -> Window | Ot
     else:
         return Other(f"the mask is {mask.dtype}, neither bool nor floating")
     if not hidden.any():
-        return Window(feature_size or (1, tokens), None)
+        return Window.of(feature_size or (1, tokens), None)
     grids = [feature_size] if feature_size else _grids(tokens)
     first = hidden[0].cpu()  # what the query in the corner does not see is a quarter of the window, clipped
     for height, width in grids:
@@ -88,9 +75,9 @@ def identify_mask(mask: Tensor, feature_size: Size | None = None) -> Window | Ot
         rows, cols = int(corner[:, 0].sum()), int(corner[0].sum())
         if not rows or not cols or int(corner.sum()) != rows * cols:
             continue
-        window = (2 * rows - 1, 2 * cols - 1)
-        if torch.equal(hidden, hidden_keys((height, width), window, mask.device)):
-            return Window((height, width), window)
+        window = Window(height, width, rows - 1, cols - 1)
+        if torch.equal(hidden, hidden_keys(window, mask.device)):
+            return window
     on = f"the grid {feature_size[0]}x{feature_size[1]}" if feature_size else f"any grid of {tokens} tokens"
     return Other(f"the mask is no neighbourhood's on {on}")
 

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.geometry import hidden_keys
+from ..ops.geometry import Window, hidden_keys
 from ..ops.noise import keep_mask
-from .identify_mask import Window
 
 
 def attention_weights(
@@ -20,7 +19,7 @@ def attention_weights(
     """
     batch, heads, tokens, head_dim = key.shape
     scores = query.float() @ key.float().transpose(-1, -2) / head_dim**0.5
-    hidden = hidden_keys(window.feature_size, window.neighbor_size, query.device)
+    hidden = hidden_keys(window, query.device)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0.0)
     if dropout_p > 0 and seed is not None:
         keep = keep_mask(seed, (batch * heads, tokens, tokens), dropout_p, query.device)

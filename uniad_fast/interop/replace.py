@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from ..models.attention import Projections
 from ..ops.dispatch import check_impl
-from ..ops.functional import neighbor_masked_attention, size_pair
-from ..ops.geometry import Size, neighborhood_radius
+from ..ops.geometry import Size, Window, size_pair
+from ..ops.neighbor_masked_attention import neighbor_masked_attention
 from ..ops.noise import draw_seed
 from .generated_masks import CachedMask, generates_masks
-from .identify_mask import MaskMemory, Other, Window
+from .identify_mask import MaskMemory, Other
 from .lazy_attention_weights import LazyWeights, attention_weights
+from .replacement_report import ReplacementReport, Row
 
 
 @dataclass
@@ -105,12 +106,12 @@ class ReplacedAttention(nn.MultiheadAttention, Projections):  # type: ignore[mis
             return Other(f"query, key and value are not of one shape: {shapes}")
         tokens = query.shape[1 if self.batch_first and query.ndim == 3 else 0]
         if mask is None:
-            return Window((1, tokens), None)
+            return Window(1, tokens, -1, -1)
         if mask.shape != (tokens, tokens):
             return Other(f"the mask is {tuple(mask.shape)}, not [{tokens}, {tokens}]")
         only = self.uniad_fast.window
         found = self.uniad_fast.memory.identify(mask, only.feature_size if only else None)
-        if isinstance(found, Window) and only and only.neighbor_size and _reach(found) != _reach(only):
+        if isinstance(found, Window) and only and only.neighbor_size and found.reach != only.reach:
             return Other(f"the mask is that of {found}, not of {only}, which was asked for")
         return found
 
@@ -139,53 +140,6 @@ class ReplacedAttention(nn.MultiheadAttention, Projections):  # type: ignore[mis
         return self.merge_heads(out, settings.impl), LazyWeights(compute) if need_weights else None
 
 
-@dataclass
-class Row:
-    """One attention of the model: where it is, whether it is replaced, and else why not."""
-
-    path: str
-    module: nn.Module
-    why_not: str | None
-
-    def state(self) -> tuple[str, str]:
-        """What became of it, and of the calls that it has had so far."""
-        if self.why_not is not None:
-            return "left alone", self.why_not
-        if not isinstance(self.module, ReplacedAttention):
-            return "restored", ""
-        served, left = list(map(str, self.module.uniad_fast.served)), self.module.uniad_fast.left
-        if served and left:
-            return "in part", "; ".join([*served, f"but not where {'; '.join(left)}"])
-        if left:
-            return "left alone", "; ".join(left)
-        return "replaced", "; ".join(served) or "not called yet"
-
-
-class Report:
-    """What `replace_attention` did. Printed again after a forward pass, it says which windows it has served."""
-
-    def __init__(self, rows: list[Row], cached_masks: list[str]) -> None:
-        self.rows = rows
-        self.cached_masks = cached_masks
-
-    @property
-    def replaced(self) -> list[str]:
-        """Paths of the modules that are replaced."""
-        return [row.path for row in self.rows if row.why_not is None]
-
-    @property
-    def left_alone(self) -> dict[str, str]:
-        """{path: why} of the others."""
-        return {row.path: row.why_not for row in self.rows if row.why_not is not None}
-
-    def __str__(self) -> str:
-        lines = [(row.path or "(the model)", *row.state()) for row in self.rows]
-        width = max((len(path) for path, *_ in lines), default=0)
-        table = [f"{path:{width}}  {what:10}  {why}".rstrip() for path, what, why in lines]
-        table += [f"{path or '(the model)'}: its masks are built once" for path in self.cached_masks]
-        return "\n".join(table) or "no nn.MultiheadAttention in this model"
-
-
 def _keep_out_of_graphs() -> None:
     """Which mask it is must be asked of the tensor itself, outside of compiled graphs: those end at each call.
 
@@ -202,7 +156,7 @@ def replace_attention(
     neighbor_size: Size | None = None,
     impl: str | None = None,
     strict: bool = False,
-) -> Report:
+) -> ReplacementReport:
     """Serve every `nn.MultiheadAttention` of a model by our op, wherever a call's mask is a 2D neighbourhood's.
 
     The modules stay the objects they are: parameters, state-dict names, optimisers' references, hooks. What a call does
@@ -214,7 +168,7 @@ def replace_attention(
         model: changed in place.
         feature_size: (height, width) of the only grid to serve; None tries every grid of a mask's N tokens.
         neighbor_size: the only window to serve (needs `feature_size`); None serves any.
-        impl: implementation of the op, see `uniad_fast.ops.functional`.
+        impl: implementation of the op, see `uniad_fast.ops.neighbor_masked_attention`.
         strict: raise ValueError wherever something would be left alone.
 
     Returns:
@@ -231,13 +185,9 @@ def replace_attention(
         if feature_size is None:
             raise ValueError(f"neighbor_size {neighbor_size} is of no use without a feature_size")
     _keep_out_of_graphs()
-    only = None if feature_size is None else Window(feature_size, neighbor_size)
+    only = None if feature_size is None else Window.of(feature_size, neighbor_size)
     memory = MaskMemory()
-    rows = [
-        Row(path, module, _why_not(module))
-        for path, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
-    ]
+    rows = _rows(model)
     if strict and any(row.why_not for row in rows):
         listed = "; ".join(f"{row.path}: {row.why_not}" for row in rows if row.why_not)
         raise ValueError(f"replace_attention(strict=True): can't replace {listed}")
@@ -256,7 +206,15 @@ def replace_attention(
         if generates_masks(module):
             module.__dict__["generate_mask"] = CachedMask(module)
             cached.append(path)
-    return Report(rows, cached)
+    return ReplacementReport(rows, cached)
+
+
+def _rows(model: nn.Module) -> list[Row]:
+    return [
+        Row(path, module, _why_not(module))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    ]
 
 
 def restore_attention(model: nn.Module) -> None:
@@ -273,7 +231,7 @@ def restore_attention(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def fast_attention(model: nn.Module, **options: Any) -> Iterator[Report]:
+def fast_attention(model: nn.Module, **options: Any) -> Iterator[ReplacementReport]:
     """`replace_attention(model, **options)` inside a with block, `restore_attention` after it."""
     report = replace_attention(model, **options)
     try:
@@ -296,10 +254,3 @@ def _why_not(module: nn.MultiheadAttention) -> str | None:
     if not module._qkv_same_embed_dim:
         return f"it has kdim {module.kdim} and vdim {module.vdim}, not embed_dim {module.embed_dim}"
     return None
-
-
-def _reach(window: Window) -> Size:
-    """How far the window hides, at most across the grid: an even n acts as n + 1, and larger ones are clipped."""
-    radii = zip(neighborhood_radius(window.neighbor_size), window.feature_size, strict=True)
-    row, col = (min(radius, size - 1) for radius, size in radii)
-    return row, col

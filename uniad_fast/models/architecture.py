@@ -6,15 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import nn
-
 from ..errors import UniadFastError
-from ..ops.functional import size_pair
-from ..ops.geometry import Size
+from ..ops.geometry import Size, size_pair
 from ..state_dicts import StateDict, WeightsError
-from ..training.recipes import Recipe
-from .transformer import DecoderLayer
-from .uniad import UniAD
 
 
 @dataclass(frozen=True)
@@ -90,41 +84,6 @@ _WORDS = {
     "query_embedding": ("every", "first", "none"),
 }
 PAPER_ARCHITECTURE = Architecture()
-
-
-def build_model(
-    channels: int,
-    stride: int,
-    feature_size: Size,
-    recipe: Recipe,
-    impl: str | None = None,
-    architecture: Architecture = PAPER_ARCHITECTURE,
-) -> UniAD:
-    """The network for a feature map, with the recipe's dropout, jitter and initial queries."""
-    model = UniAD(
-        inplanes=[channels],
-        instrides=[stride],
-        feature_size=feature_size,
-        feature_jitter={"scale": recipe.jitter_scale, "prob": recipe.jitter_prob},
-        save_recon=None,
-        initializer={"method": "xavier_uniform"},
-        dropout=recipe.dropout,
-        impl=impl,
-        **architecture.kwargs(feature_size),
-    )
-    for module in model.modules():
-        if isinstance(module, DecoderLayer):
-            nn.init.normal_(module.learned_embed.weight, std=recipe.query_std)
-    if recipe.zero_blocks:
-        zero_blocks(model)
-    return model
-
-
-def zero_blocks(model: UniAD) -> None:
-    """Let every attention and FFN give zero, whose biases are zero already: layers are their residual connections."""
-    for name, parameter in model.transformer.named_parameters():
-        if name.endswith(("out_proj.weight", "linear2.weight")):
-            nn.init.zeros_(parameter)
 
 
 def read_architecture(state: StateDict, nhead: int, neighbor_size: Size | None) -> tuple[Architecture, int, Size]:

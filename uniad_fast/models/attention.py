@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.dispatch import check_impl
-from ..ops.functional import neighbor_masked_attention, size_pair
-from ..ops.geometry import Size, has_query_without_key
+from ..ops.geometry import Size, Window, size_pair
 from ..ops.linear import linear
+from ..ops.neighbor_masked_attention import neighbor_masked_attention
 from .submodules import apply_linear
 
 
@@ -67,7 +67,7 @@ class NeighborMaskedAttention(Projections):
         embed_dim, num_heads, dropout, bias, batch_first: as in `nn.MultiheadAttention`.
         feature_size: (height, width) of the token grid; sequences have height * width tokens, row by row.
         neighbor_size: (h, w) of the hidden window in tokens (an even n acts as n + 1), or None to hide nothing.
-        impl: implementation of the op, see `uniad_fast.ops.functional`.
+        impl: implementation of the op, see `uniad_fast.ops.neighbor_masked_attention`.
 
     Raises:
         ValueError: a size is out of range, or the window covers the grid so that a query has no key left.
@@ -94,7 +94,7 @@ class NeighborMaskedAttention(Projections):
         self.num_heads = num_heads
         self.feature_size = size_pair("feature_size", feature_size)
         self.neighbor_size = None if neighbor_size is None else size_pair("neighbor_size", neighbor_size)
-        if has_query_without_key(self.feature_size, self.neighbor_size):
+        if Window.of(self.feature_size, self.neighbor_size).leaves_a_query_without_key:
             raise ValueError(
                 f"neighbor_size {self.neighbor_size} covers the whole grid {self.feature_size} for some query, "
                 "which would have nothing left to attend to: choose a smaller window"

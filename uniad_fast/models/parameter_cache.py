@@ -7,12 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..ops.geometry import is_traced
+from ..ops.tracing import is_traced
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Kept:
+class ParameterCache:
     """Holds one such tensor, for parameters on a CPU. Copies and pickles of it are empty."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Kept:
         return value
 
     def __reduce__(self) -> tuple:
-        return Kept, ()
+        return ParameterCache, ()
 
 
 def _bits(tensor: Tensor) -> NDArray:

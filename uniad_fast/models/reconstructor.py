@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.functional import size_pair
-from ..ops.geometry import Size
+from ..ops.geometry import Size, size_pair
 
 
 class Reconstructor(nn.Module):

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..files import atomic_path
-from ..ops.functional import jitter_project, size_pair
-from ..ops.geometry import Size
+from ..ops.geometry import Size, size_pair
+from ..ops.jitter_project import jitter_project
 from ..printable import file_name
 from .initializers import initialize
+from .layers import LayerOptions
 from .position import position_embedding
 from .reconstructor import Reconstructor
 from .submodules import apply_linear, is_plain
@@ -41,7 +42,7 @@ class UniAD(Reconstructor):
         query_embedding: decoder layers with a learned query: "every" (the paper's layer-wise query decoder), "first",
             or "none". The latter two are the plain Transformer's decoder, in which a layer attends to what comes in,
             then to the encoder's output; what comes in first is the learned query, or the encoder's output.
-        impl: implementation of both ops, see `uniad_fast.ops.functional`.
+        impl: implementation of both ops, see `uniad_fast.ops.neighbor_masked_attention`.
 
     Raises:
         ValueError: an argument is out of range, or the window leaves some query without a key.
@@ -88,15 +89,11 @@ class UniAD(Reconstructor):
         self.pos_embed = position_embedding(pos_embed_type, self.feature_size, hidden_dim)
         self.transformer = Transformer(
             hidden_dim,
+            nhead,
             self.feature_size,
             (windows[0], windows[1], windows[2]),
-            nhead,
-            num_encoder_layers,
-            num_decoder_layers,
-            dim_feedforward,
-            dropout,
-            activation,
-            normalize_before,
+            (num_encoder_layers, num_decoder_layers),
+            LayerOptions(dim_feedforward, dropout, activation, normalize_before),
             query_embedding,
             impl,
         )

@@ -1,12 +1,11 @@
-"""Which implementation serves a call: by name, or the best for the tensors' device."""
+"""Which implementation serves a call: by name, or the best for the tensors' device; and the kernels' launchers."""
 
 import warnings
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
-
-from . import registered
 
 IMPLS = ("reference", "torch", "cpu", "triton")
 KERNELS = ("cpu", "triton")
@@ -30,7 +29,7 @@ def choose_impl(impl: str | None, tensor: Tensor, problem: str | None = None) ->
         return impl
     best = {"cuda": "triton", "cpu": "cpu"}.get(tensor.device.type)
     # float64 is asked for its digits, and the kernels have none of them: nothing to be told about.
-    if best is None or tensor.dtype == torch.float64 or (best == "cpu" and not registered.cpu_pays()):
+    if best is None or tensor.dtype == torch.float64 or (best == "cpu" and not _cpu_kernels_pay()):
         return "torch"
     problem = kernel_problem(best, tensor) or problem
     if problem is None:
@@ -45,6 +44,24 @@ def check_impl(impl: str | None) -> None:
         raise ValueError(f"impl must be None or one of {', '.join(IMPLS)}, got {impl!r}")
 
 
+def launchers(impl: str) -> ModuleType:
+    """The launchers of "triton" or "cpu", which take the same arguments; imported by the first call that needs them."""
+    if impl == "cpu":
+        from ..kernels.cpu import launch as of_cpu
+
+        return of_cpu
+    from ..kernels.gpu import launch as of_gpu
+
+    return of_gpu
+
+
+def _cpu_kernels_pay() -> bool:
+    """Whether the C++ kernels are the fastest way on this processor."""
+    from ..kernels.cpu import build
+
+    return build.PAYS
+
+
 def kernel_problem(impl: str, tensor: Tensor) -> str | None:
     """Why the kernels of "triton" or "cpu" do not take this tensor, or None."""
     if impl == "cpu":
@@ -52,7 +69,7 @@ def kernel_problem(impl: str, tensor: Tensor) -> str | None:
             return f"the tensors are on {tensor.device}"
     else:
         try:
-            launch = registered.launch(impl)
+            triton_launchers = launchers(impl)
         except ImportError as error:
             return f"Triton can't be imported ({error})"
     if problem := _differentiation_problem():
@@ -60,10 +77,10 @@ def kernel_problem(impl: str, tensor: Tensor) -> str | None:
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"they take float32, float16 and bfloat16, not {tensor.dtype}"
     if impl == "cpu":
-        return None if torch.compiler.is_compiling() else registered.launch(impl).problem()
+        return None if torch.compiler.is_compiling() else launchers(impl).problem()
     if not tensor.is_cuda:
-        if tensor.device.type != "cpu" or not launch.INTERPRETED:
-            interpreter = "serves a CPU alone" if launch.INTERPRETED else "(TRITON_INTERPRET=1) is off"
+        if tensor.device.type != "cpu" or not triton_launchers.INTERPRETED:
+            interpreter = "serves a CPU alone" if triton_launchers.INTERPRETED else "(TRITON_INTERPRET=1) is off"
             return f"the tensors are on {tensor.device}, and Triton's interpreter {interpreter}"
         if tensor.dtype == torch.bfloat16:
             return "Triton's interpreter computes bfloat16 wrongly"
@@ -80,17 +97,6 @@ def _differentiation_problem() -> str | None:
     if torch.autograd.forward_ad._current_level >= 0:
         return "they have no forward-mode derivative"
     return None
-
-
-def attention_problem(query: Tensor, scale: float) -> str | None:
-    """Why the attention kernels do not take a query of this shape or such a scale, or None."""
-    if query.shape[-1] > 128:
-        return f"they take a head_dim up to 128, not {query.shape[-1]}"
-    smallest = torch.finfo(torch.float32).tiny
-    largest = torch.finfo(torch.float32).max / 2  # it is multiplied by log2(e)
-    return (
-        None if smallest <= scale <= largest else f"they take a scale from {smallest:.3g} to {largest:.3g}, not {scale}"
-    )
 
 
 @lru_cache(maxsize=32)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .dispatch import choose_impl
-from .geometry import is_traced
+from .tracing import is_traced
 
 
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> Tensor:

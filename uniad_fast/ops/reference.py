@@ -8,27 +8,21 @@ import math
 import torch
 from torch import Tensor
 
-from .geometry import Size, hidden_keys
+from .geometry import Window, hidden_keys
 from .noise import jitter_normals, jittered_tokens, keep_mask
 
 
 def neighbor_masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    feature_size: Size,
-    neighbor_size: Size | None,
-    dropout_p: float,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, window: Window, dropout_p: float, scale: float,
     seed: int | Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """softmax(scale * Q K^T, neighbours hidden) V (paper, section 3.2, NMA).
 
     query [B or 1, heads, N, head_dim], key and value [B, heads, N, head_dim] -> [B, heads, N, head_dim].
     """
     batch, heads, tokens, _ = key.shape
     q, k, v = (_at_least_float32(t) for t in (query, key, value))
-    hidden = hidden_keys(feature_size, neighbor_size, query.device)
+    hidden = hidden_keys(window, query.device)
 
     scores = scale * (q @ k.transpose(-2, -1))  # [B, heads, N, N]
     scores = scores.masked_fill(hidden, float("-inf"))

@@ -10,28 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Size, additive_mask, has_query_without_key, queries_with_keys
+from .geometry import Window, additive_mask, queries_with_keys
 
 
 def neighbor_masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    feature_size: Size,
-    neighbor_size: Size | None,
-    dropout_p: float,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, window: Window, dropout_p: float, scale: float,
     seed: int | Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """As `reference.neighbor_masked_attention`, by `scaled_dot_product_attention` with a cached dense mask."""
     query = query.expand(key.shape[0], -1, -1, -1)
     mask = None
-    if neighbor_size is not None:
-        mask = additive_mask(feature_size, neighbor_size, query.device, query.dtype)
+    if window.neighbor_size is not None:
+        mask = additive_mask(window, query.device, query.dtype)
     with _seeded(seed if dropout_p > 0 else None, query.device):
         out = F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale)
-    if neighbor_size is not None and has_query_without_key(feature_size, neighbor_size):
-        out = torch.where(queries_with_keys(feature_size, neighbor_size, query.device), out, 0)
+    if window.leaves_a_query_without_key:
+        out = torch.where(queries_with_keys(window, query.device), out, 0)
     return out
 
 

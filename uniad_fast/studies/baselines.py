@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..models.initializers import initialize
 from ..models.reconstructor import Reconstructor
 from ..models.uniad import UniAD
-from ..ops.geometry import Size
 
 
 class MLP(Reconstructor):
@@ -32,7 +31,7 @@ class MLP(Reconstructor):
         self,
         inplanes: Sequence[int] | int,
         instrides: Sequence[int] | int,
-        feature_size: Size,
+        feature_size: tuple[int, int],
         num_layers: int = 3,
         hidden_dim: int = 512,
     ) -> None:
@@ -66,7 +65,7 @@ class CNN(Reconstructor):
         self,
         inplanes: Sequence[int] | int,
         instrides: Sequence[int] | int,
-        feature_size: Size,
+        feature_size: tuple[int, int],
         kernel_size: int = 3,
         num_layers: int = 3,
         hidden_dim: int = 256,
@@ -99,7 +98,7 @@ class PlainTransformer(UniAD):
         self,
         inplanes: Sequence[int] | int,
         instrides: Sequence[int] | int,
-        feature_size: Size,
+        feature_size: tuple[int, int],
         query_embedding: str = "first",
         **options: Any,
     ) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.feature_cache import cached_features
-from ..data.images import list_images, read_mask
+from ..data.image_files import list_images
+from ..data.masks import read_mask
 from ..data.samples import DataError, Dataset, Sample
 from ..files import sha256_of_file
 from ..models.backbone import Backbone

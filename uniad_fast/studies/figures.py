@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ..data.images import read_image, to_tensor
-from ..detect.scoring import to_maps
+from ..detect.pipeline import to_maps
 from ..files import atomic_path
 from .data import StudyData
 from .tables import DETECTION, LOCALISATION, Row, has_masks, means_over_classes
@@ -70,11 +70,14 @@ def draw_maps(rows: Sequence[Row], systems: Sequence[str], data: StudyData, path
         found = [
             row
             for row in rows
-            if row["system"] == system and row["setting"] == "unified" and row["class"] == EVERY_CLASS and row["grids"]
+            if row["system"] == system
+            and row["setting"] == "unified"
+            and row["class"] == EVERY_CLASS
+            and row["score_maps"]
         ]
         if found:
             best, last = max(found, key=lambda row: row[DETECTION]), max(found, key=lambda row: row["epoch"])
-            columns += [(f"{system}\nepoch {row['epoch']}", _grids(row)) for row in (best, last)]
+            columns += [(f"{system}\nepoch {row['epoch']}", _score_maps(row)) for row in (best, last)]
     if not columns:
         return None
     pictured = sorted(columns[0][1])
@@ -90,19 +93,19 @@ def draw_maps(rows: Sequence[Row], systems: Sequence[str], data: StudyData, path
         axes[line][0].imshow(image)
         if data.masks is not None:
             axes[line][1].imshow(data.masks[index], cmap="gray")
-    for col, (name, grids) in enumerate(columns, start=fixed):
-        low = float(np.median(torch.stack(list(grids.values())).numpy()))
-        high = max(float(grid.max()) for grid in grids.values())
+    for col, (name, score_maps) in enumerate(columns, start=fixed):
+        low = float(np.median(torch.stack(list(score_maps.values())).numpy()))
+        high = max(float(one.max()) for one in score_maps.values())
         for line, index in enumerate(pictured):
-            picture = to_maps(grids[index][None], data.image_size)[0].numpy()
+            picture = to_maps(score_maps[index][None], data.image_size)[0].numpy()
             axes[line][col].imshow(picture, cmap="inferno", vmin=low, vmax=high)
         axes[0][col].set_title(name, fontsize=6)
     figure.suptitle(title, fontsize=9)
     return _save(figure, path)
 
 
-def _grids(row: dict[str, Any]) -> dict[int, torch.Tensor]:
-    return {int(index): torch.tensor(grid) for index, grid in row["grids"].items()}
+def _score_maps(row: dict[str, Any]) -> dict[int, torch.Tensor]:
+    return {int(index): torch.tensor(score_map) for index, score_map in row["score_maps"].items()}
 
 
 def _save(figure: Any, path: Path) -> Path:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..detect.scoring import SCORES
+from ..detect.metrics import mean_of_defined
+from ..detect.residual_score import RESIDUAL_SCORES
 from ..errors import UniadFastError
 from ..files import atomic_path, locked
 from ..printable import table_cell
@@ -35,7 +36,7 @@ SHORTCUT_RECIPE = replace(
     learning_rate=1e-3,
     schedule="constant",
     warmup=0.05,
-    score="l2",
+    residual_score="l2",
 )
 """A constant rate, so that nothing but the reconstruction's own progress moves the AUROC; it rises at first, without
 which Transformers hardly learn. AdamW for all, since an MLP or a CNN is not what Muon is told apart for."""
@@ -80,13 +81,15 @@ def plan(name: str, data: StudyData, seeds: int = 3, epochs: int | None = None, 
     seeds = 1 if quick else seeds
     recipe = SHORTCUT_RECIPE if name == "shortcut" else ABLATION_RECIPE if name == "ablation" else FAST
     recipe = _with_epochs(recipe, epochs, quick)
-    grid = data.backbone.grid(data.image_size)
+    feature_size = data.backbone.feature_size(data.image_size)
     if name == "time":
         paper = _with_epochs(PAPER_RECIPE, epochs, quick)
         every = max(1, epochs_and_steps(len(data.train), FAST)[0] // 6)
-        fast = [Trial(System("fast"), FAST, seed, None, every, scores=SCORES) for seed in range(seeds)]
+        fast = [Trial(System("fast"), FAST, seed, None, every, scores=RESIDUAL_SCORES) for seed in range(seeds)]
         # One seed of the slow one: what it reaches at best is compared, which is in its favour already.
-        return Study(name, (*fast, Trial(System("paper"), paper, 0, None, max(1, paper.epochs // 20), scores=SCORES)))
+        return Study(
+            name, (*fast, Trial(System("paper"), paper, 0, None, max(1, paper.epochs // 20), scores=RESIDUAL_SCORES))
+        )
     if name == "shortcut":
         every = max(1, recipe.epochs // (5 if quick else 15))
         pictured = pictured_rows(data)
@@ -103,8 +106,10 @@ def plan(name: str, data: StudyData, seeds: int = 3, epochs: int | None = None, 
     systems = recipe_systems(recipe) if name == "recipe" else PART_SYSTEMS
     compared = [(system, seed) for seed in range(seeds) for system in systems]
     if name == "ablation" and not quick:
-        compared += [(system, 0) for system in switch_systems(grid)]
-    return Study(name, tuple(Trial(system, recipe, seed, None, every, scores=SCORES) for system, seed in compared))
+        compared += [(system, 0) for system in switch_systems(feature_size)]
+    return Study(
+        name, tuple(Trial(system, recipe, seed, None, every, scores=RESIDUAL_SCORES) for system, seed in compared)
+    )
 
 
 def _with_epochs(recipe: Recipe, epochs: int | None, quick: bool) -> Recipe:
@@ -136,7 +141,7 @@ def run_study(
         output: gets `runs/`, a file for each run: what is there is not run again.
 
     Returns:
-        Rows with `COLUMNS`, and "grids" where there are pictures, see `run_trial`.
+        Rows with `COLUMNS`, and "score_maps" where there are pictures, see `run_trial`.
 
     Raises:
         ResumeError: `output` holds runs of another study; says what differs.
@@ -196,13 +201,8 @@ def _means_of_separate(rows: Sequence[dict[str, Any]], classes: Sequence[str]) -
             own = {"system": system, "setting": "separate", "seed": seed, "class": EVERY_CLASS, "epoch": epoch}
             own |= {"score": score, "seconds": sum(row["seconds"] for row in members)}
             averaged = ("loss", "image_auroc_max", "image_auroc_mean", "pixel_auroc")
-            means.append(own | {name: _mean([row[name] for row in members]) for name in averaged})
+            means.append(own | {name: mean_of_defined([row[name] for row in members]) for name in averaged})
     return means
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    defined = [value for value in values if value is not None]
-    return sum(defined) / len(defined) if len(defined) == len(values) else None
 
 
 def write_rows(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import UniadFastError
-from ..models.architecture import Architecture, build_model, zero_blocks
+from ..models.architecture import Architecture
 from ..models.reconstructor import Reconstructor
-from ..ops.geometry import Size
+from ..training.build import build_model, zero_blocks
 from ..training.recipes import Recipe
 from .baselines import CNN, MLP, PlainTransformer
 
@@ -35,7 +35,7 @@ class System:
         return replace(base, **self.changes)
 
     def build(
-        self, channels: int, stride: int, feature_size: Size, recipe: Recipe, impl: str | None = None
+        self, channels: int, stride: int, feature_size: tuple[int, int], recipe: Recipe, impl: str | None = None
     ) -> Reconstructor:
         """The network for a feature map.
 
@@ -100,7 +100,7 @@ def _places() -> list[System]:
     ]
 
 
-def switch_systems(feature_size: Size) -> tuple[System, ...]:
+def switch_systems(feature_size: tuple[int, int]) -> tuple[System, ...]:
     """Where the mask acts, its window, and the jitter's scale and probability, each alone."""
     half = tuple(max(1, n // 2) for n in feature_size)
     windows = [(n, n) for n in (1, 3, 5, 7) if n < min(feature_size) and (n, n) != half]

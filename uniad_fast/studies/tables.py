@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from ..detect.scoring import SCORES
+from ..detect.residual_score import RESIDUAL_SCORES
 from .trial import EVERY_CLASS
 
 Row = dict[str, Any]
@@ -64,7 +64,7 @@ def shortcut_table(rows: Sequence[Row], systems: Sequence[str]) -> str:
 def final_table(rows: Sequence[Row], systems: Sequence[str], image_metric: str = DETECTION) -> str:
     """Markdown: loss and AUROC of each system at the end, the latter by each score and how far from the first's."""
     metrics = {"image": image_metric} | ({"pixel": LOCALISATION} if has_masks(rows) else {})
-    scores = [score for score in SCORES if any(row["score"] == score for row in rows)]
+    scores = [score for score in RESIDUAL_SCORES if any(row["score"] == score for row in rows)]
     columns = [(f"{name} AUROC, {score}", score, metric) for score in scores for name, metric in metrics.items()]
     header = ["system", "loss", *(part for name, *_ in columns for part in (name, "difference")), "seconds"]
     body = []
@@ -88,7 +88,7 @@ def time_table(rows: Sequence[Row], image_metric: str = DETECTION) -> str:
     """
     header = ["recipe", "seed", "score", "image AUROC", "epoch", "seconds"]
     header += ["paper's best by l2 after", "times as fast", "by this score after", "times as fast"]
-    scores = [score for score in SCORES if any(row["score"] == score for row in rows)]
+    scores = [score for score in RESIDUAL_SCORES if any(row["score"] == score for row in rows)]
     best: dict[str, Row] = {}
     for score in scores:
         paper = [row for seed in means_over_classes(rows, "paper", "unified", score).values() for row in seed]

@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from ..detect.calibration import fit_score
-from ..detect.metrics import detection_metrics
-from ..detect.scoring import SCORES, Scorer, image_scores, to_maps
+from ..detect.fitting import fit_residual_score, train_pipeline
+from ..detect.metrics import detection_metrics, mean_of_defined
+from ..detect.pipeline import Pipeline, to_maps
+from ..detect.residual_score import RESIDUAL_SCORES, image_scores
 from ..files import atomic_path
 from ..printable import file_name
-from ..training.loop import ResumeError, channel_statistics, seeded_generators, train
+from ..training.loop import seeded_generators
 from ..training.recipes import Recipe
+from ..training.run_files import ResumeError, RunFiles
 from .data import StudyData
 from .systems import System
 
@@ -38,7 +41,7 @@ class Trial:
         seed: of initial values, batch order and noise.
         class_name: the one class trained and tested on (the separate setting); None is all in one model (unified).
         every: epochs between two evaluations; the first epoch and the last are evaluated too.
-        scores: how residuals are scored, of `uniad_fast.scoring.SCORES`.
+        scores: how residuals are scored, of `uniad_fast.scoring.RESIDUAL_SCORES`.
         pictured: rows of the test set whose maps are kept.
     """
 
@@ -98,7 +101,7 @@ def run_trial(
 
     Returns:
         One row for each evaluation, class and score: {"epoch", "seconds" of training so far, "loss" of the epoch,
-        "score", "class", "image_auroc_max", "image_auroc_mean", "pixel_auroc" (None without masks), and "grids" of
+        "score", "class", "image_auroc_max", "image_auroc_mean", "pixel_auroc" (None without masks), and "score_maps" of
         the pictured images in the row of `EVERY_CLASS`}.
 
     Raises:
@@ -112,16 +115,10 @@ def run_trial(
     measured_path = work_dir / "measured.json"
     measured = _read_measured(measured_path) if measured_path.exists() else {}
     recipe = trial.system.recipe(trial.recipe)
-    backbone = data.backbone
-    with seeded_generators(trial.seed, device):
-        model = trial.system.build(backbone.channels, backbone.stride, backbone.grid(data.image_size), recipe, impl)
-    scorer = Scorer(backbone, model, data.image_size, recipe.precision, _richest(trial.scores))
-    if recipe.standardize:
-        scorer.mean, scorer.std = channel_statistics(data.train_tokens)
-    scorer.to(device)
+    pipeline = _new_pipeline(trial, data, recipe, device, impl)
 
     def measure(epoch: int) -> None:
-        measured[str(epoch)] = _measure(scorer, data, trial)
+        measured[str(epoch)] = _measure(pipeline, data, trial)
         with atomic_path(measured_path) as path:
             path.write_text(json.dumps(measured, allow_nan=False), encoding="utf-8")
 
@@ -131,38 +128,45 @@ def run_trial(
         if after_epoch is not None:
             after_epoch(epoch)
 
-    held_out = np.arange(len(data.train)) % _WATCHED == 0 if recipe.patience else np.zeros(len(data.train), bool)
-    epochs = train(
-        model,
-        data.train_tokens[~held_out] if recipe.patience else data.train_tokens,
-        recipe,
-        trial.seed,
-        scorer.mean,
-        scorer.std,
-        work_dir,
-        {"trial": identity},
-        resume=True,
-        quiet=True,
-        after_epoch=at_epoch,
-        validation=data.train_tokens[held_out],
-    )
+    tokens, watched = _trained_and_watched(data.train_tokens, recipe)
+    files = RunFiles(work_dir, {"trial": identity}, resume=True)
+    options: dict[str, Any] = {"validation": watched, "after_epoch": at_epoch, "quiet": True}
+    epochs = train_pipeline(pipeline, tokens, recipe, trial.seed, files, **options)
     if str(epochs) not in measured:
         measure(epochs)
-    losses, seconds = _epochs_of_log(work_dir / "log.csv")
-    rows = [
-        {"epoch": int(epoch), "seconds": seconds[int(epoch)], "loss": losses[int(epoch)], **row}
-        for epoch, found in sorted(measured.items(), key=lambda item: int(item[0]))
-        for row in found
-    ]
+    rows = _with_training_figures(measured, work_dir / "log.csv")
     with atomic_path(finished) as path:
         path.write_text(json.dumps({"identity": identity, "rows": rows}, allow_nan=False), encoding="utf-8")
     shutil.rmtree(work_dir)
     return rows
 
 
-def _richest(scores: tuple[str, ...]) -> str:
-    """That of the scores whose buffers serve the others too."""
-    return max(scores, key=SCORES.index)
+def _new_pipeline(trial: Trial, data: StudyData, recipe: Recipe, device: torch.device, impl: str | None) -> Pipeline:
+    """With the residual score whose buffers serve the trial's others too."""
+    backbone = data.backbone
+    feature_size = backbone.feature_size(data.image_size)
+    with seeded_generators(trial.seed, device):
+        model = trial.system.build(backbone.channels, backbone.stride, feature_size, recipe, impl)
+    richest = max(trial.scores, key=RESIDUAL_SCORES.index)
+    return Pipeline(backbone, model, data.image_size, recipe.precision, richest).to(device)
+
+
+def _trained_and_watched(tokens: NDArray, recipe: Recipe) -> tuple[NDArray, NDArray]:
+    """What a recipe with patience watches is a part of the training images, which it then does not train on."""
+    if not recipe.patience:
+        return tokens, tokens[:0]
+    watched = np.arange(len(tokens)) % _WATCHED == 0
+    return tokens[~watched], tokens[watched]
+
+
+def _with_training_figures(measured: dict[str, list[dict[str, Any]]], log: Path) -> list[dict[str, Any]]:
+    """Rows of all evaluations, in order, with the loss of the epoch and the seconds until then."""
+    losses, seconds = _epochs_of_log(log)
+    return [
+        {"epoch": int(epoch), "seconds": seconds[int(epoch)], "loss": losses[int(epoch)], **row}
+        for epoch, found in sorted(measured.items(), key=lambda item: int(item[0]))
+        for row in found
+    ]
 
 
 def _read_measured(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -189,34 +193,29 @@ def _read_finished(path: Path, identity: dict[str, Any]) -> list[dict[str, Any]]
     return rows
 
 
-def _measure(scorer: Scorer, data: StudyData, trial: Trial) -> list[dict[str, Any]]:
+def _measure(pipeline: Pipeline, data: StudyData, trial: Trial) -> list[dict[str, Any]]:
     """Rows of one evaluation, without the training's figures."""
-    fit_score(scorer, data.train_tokens)
-    grids: dict[str, list[torch.Tensor]] = {score: [] for score in trial.scores}
+    fit_residual_score(pipeline, data.train_tokens)
+    parts: dict[str, list[torch.Tensor]] = {score: [] for score in trial.scores}
     for start in range(0, len(data.test), _BATCH):
-        residual = scorer.residual(torch.from_numpy(np.array(data.test_tokens[start : start + _BATCH])))
+        residual = pipeline.residual(torch.from_numpy(np.array(data.test_tokens[start : start + _BATCH])))
         for score in trial.scores:
-            grids[score].append(scorer.norm(residual, score).cpu())
+            parts[score].append(pipeline.residual_score.norm(residual, score).cpu())
     rows: list[dict[str, Any]] = []
     for score in trial.scores:
-        grid = torch.cat(grids[score])
-        by_class = [_measure_class(data, grid, name) for name in data.classes]
-        mean = {
-            name: None
-            if any(row[name] is None for row in by_class)
-            else float(np.mean([row[name] for row in by_class]))
-            for name in by_class[0]
-        }
-        pictures = {str(row): grid[row].tolist() for row in trial.pictured}
+        score_maps = torch.cat(parts[score])
+        by_class = [_measure_class(data, score_maps, name) for name in data.classes]
+        mean = {name: mean_of_defined([row[name] for row in by_class]) for name in by_class[0]}
+        pictures = {str(row): score_maps[row].tolist() for row in trial.pictured}
         rows += [{"score": score, "class": n, **row} for n, row in zip(data.classes, by_class, strict=True)]
-        rows.append({"score": score, "class": EVERY_CLASS, **mean, "grids": pictures})
+        rows.append({"score": score, "class": EVERY_CLASS, **mean, "score_maps": pictures})
     return rows
 
 
-def _measure_class(data: StudyData, grids: torch.Tensor, name: str) -> dict[str, float | None]:
+def _measure_class(data: StudyData, score_maps: torch.Tensor, name: str) -> dict[str, float | None]:
     rows = [i for i, sample in enumerate(data.test) if sample.class_name == name]
     labels = [data.test[i].defective for i in rows]
-    maps = to_maps(grids[rows], data.image_size)
+    maps = to_maps(score_maps[rows], data.image_size)
     image = {
         f"image_auroc_{kind}": detection_metrics(image_scores(maps, kind).numpy(), labels).values["auroc"]
         for kind in ("max", "mean")

@@ -22,7 +22,7 @@ _RANGES: tuple[tuple[str, type, float, float], ...] = (
 _WORDS = {
     "schedule": ("step", "one_cycle", "constant"),
     "precision": ("float32", "bfloat16", "auto"),
-    "score": ("l2", "whitened", "relative"),
+    "residual_score": ("l2", "whitened", "relative"),
     "optimizer": ("adamw", "muon", "auto"),
     "loss": ("mse", "l1"),
 }
@@ -48,8 +48,8 @@ class Recipe:
         optimizer: "adamw", or "muon" for the matrices of attention and FFN with "adamw" for the rest, or "auto": "muon"
             where torch has it (2.9) and the device has bfloat16, in which Muon computes; "adamw" elsewhere.
         loss: between reconstruction and feature, "mse" (the paper's) or "l1".
-        score: how a residual becomes a number, "l2" (the paper's), "whitened" or "relative"; see
-            `uniad_fast.detect.scoring`.
+        residual_score: how a residual becomes a number, "l2" (the paper's), "whitened" or "relative"; see
+            `uniad_fast.detect.residual_score`.
         patience: training ends after so many epochs in which the loss on held-out good images has not fallen by a
             hundredth below its lowest; 0 goes on to the end.
 
@@ -72,7 +72,7 @@ class Recipe:
     standardize: bool
     query_std: float
     precision: str
-    score: str
+    residual_score: str
     optimizer: str = "adamw"
     loss: str = "mse"
     patience: int = 0
@@ -115,7 +115,7 @@ PAPER = Recipe(
     standardize=False,
     query_std=1.0,
     precision="float32",
-    score="l2",
+    residual_score="l2",
 )
 
 FAST = Recipe(
@@ -134,7 +134,7 @@ FAST = Recipe(
     standardize=True,
     query_std=0.02,
     precision="auto",
-    score="whitened",
+    residual_score="whitened",
     optimizer="auto",
     zero_blocks=True,
 )

@@ -1,0 +1,1 @@
+"""C++ kernels, compiled for the processor at hand by the first call, and what launches them."""

@@ -1,0 +1,196 @@
+"""Compiles the C++ kernels for the machine's own processor, once, and loads them.
+
+A library is named after everything that made it (sources, flags, compiler, torch, processor) and lives in torch's
+folder for extensions. It is built in a folder of its own and moved into place whole: processes that start together
+build twice at worst, and one that is killed leaves nothing that another waits for. Its name ends in its
+own hash: one that was cut off or overwritten would kill the process that loads it, and is built anew instead.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+_HEADERS = sorted(Path(__file__).parent.glob("*.h"))
+_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-Wno-unknown-pragmas"]
+_AVX512 = ["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"]
+# What the sources choose between, by what the compiler may use. None is what this processor has.
+PATHS: dict[str | None, list[str]] = {
+    None: ["-march=native"],
+    "avx512_bf16": [f"-m{name}" for name in (*_AVX512, "avx512bf16")],
+    "avx512": [f"-m{name}" for name in _AVX512],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "portable": [],
+}
+# Whatever reads or writes beside a tensor, or does what C++ leaves undefined, ends the process: for the tests.
+SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g")
+_HOW_TO = "install a C++ compiler (g++ 11 or clang 14, or later; on Debian: apt-get install g++)"
+_TORCH = Path(torch.__file__).parent
+_OF_TORCH = [
+    "-fPIC",
+    f"-I{_TORCH / 'include'}",
+    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+]
+_lock = threading.Lock()
+
+
+class BuildError(RuntimeError):
+    """The C++ kernels can't be compiled here. Says why, and what to do."""
+
+
+def load(path: str | None = None, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The library of the kernels, compiled if this is the first time, for this processor or a named one of `PATHS`.
+
+    flags: more of the compiler's.
+
+    Raises:
+        BuildError: there is no compiler, or it fails.
+    """
+    with _lock:
+        return _load(path, flags)
+
+
+@cache
+def problem() -> str | None:
+    """Why the kernels can't be had here, or None, which may take a compilation to find out."""
+    try:
+        load()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def paths() -> list[str]:
+    """The named paths that this processor can run."""
+    flags = set(_processor().split())
+    needed = {"avx512_bf16": {*_AVX512, "avx512_bf16"}, "avx512": {*_AVX512}, "avx2": {"avx2", "fma", "f16c"}}
+    return [name for name in PATHS if name is not None and needed.get(name, set()) <= flags]
+
+
+@cache
+def _load(path: str | None, flags: tuple[str, ...]) -> ctypes.CDLL:
+    compiler = _compiler()
+    made_of = hashlib.sha256()
+    for file in (*SOURCES, *_HEADERS):
+        made_of.update(file.read_bytes())
+    for text in (*_FLAGS, *PATHS[path], *flags, compiler, torch.__version__, _processor()):
+        made_of.update(text.encode() + b"\0")
+    name = f"{path or 'native'}-{made_of.hexdigest()[:20]}"
+    library = _find(_folder(), name) or _compile(_folder(), name, [*_FLAGS, *PATHS[path], *flags])
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise BuildError(f"the compiled C++ kernels can't be loaded: {error}") from error
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    """The library of that name that is what was compiled; one that is not is removed."""
+    for library in folder.glob(f"{name}-*.so"):
+        with contextlib.suppress(OSError):
+            if library.stem == f"{name}-{_hash(library)}":
+                return library
+            library.unlink()
+    return None
+
+
+def _hash(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:20]
+
+
+def _compile(into: Path, name: str, flags: list[str]) -> Path:
+    print(f"uniad_fast: compiling its CPU kernels, once on this machine, into {into}", file=sys.stderr)
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+        _sweep(into)
+        folder = Path(tempfile.mkdtemp(prefix=f"building-{os.getpid()}-", dir=into))
+    except OSError as error:
+        raise BuildError(f"can't write into {into}: {error}. Set TORCH_EXTENSIONS_DIR to a folder") from error
+    objects = [folder / f"{source.stem}.o" for source in SOURCES]
+    built = folder / "kernels.so"
+    linked = [flag for flag in flags if flag.startswith("-fsanitize")]
+    try:
+        with ThreadPoolExecutor(len(SOURCES)) as pool:
+            for done in [
+                pool.submit(_run, [*flags, *_OF_TORCH, "-c", str(source), "-o", str(made)])
+                for source, made in zip(SOURCES, objects, strict=True)
+            ]:
+                done.result()
+        # Threads are torch's own: its library brings the one OpenMP of this process.
+        _run(["-shared", *map(str, objects), *linked, f"-L{_TORCH / 'lib'}", "-lc10", "-ltorch_cpu", "-o", str(built)])
+        library = into / f"{name}-{_hash(built)}.so"
+        os.replace(built, library)
+        return library
+    except OSError as error:
+        raise BuildError(f"the C++ kernels do not compile: {error}\nTo have them, {_HOW_TO}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(arguments: list[str]) -> None:
+    done = subprocess.run([*_command(), *arguments], capture_output=True)
+    if done.returncode:
+        said = "\n".join(done.stderr.decode(errors="replace").splitlines()[-20:])
+        raise BuildError(
+            f"the C++ kernels do not compile (exit code {done.returncode}): {said}\nTo have them, {_HOW_TO}"
+        )
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed builds have left."""
+    for left in folder.glob("building-*"):
+        pid = left.name.split("-")[1]
+        if pid.isdecimal() and Path("/proc/self").exists() and not Path("/proc", pid).exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _compiler() -> str:
+    """What calls itself the compiler that $CXX names, or c++."""
+    try:
+        said = subprocess.run([*_command(), "--version"], capture_output=True, check=True).stdout
+    except (OSError, ValueError, IndexError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"no C++ compiler here ({os.environ.get('CXX', 'c++')}: {error}): {_HOW_TO}") from error
+    return (said.decode(errors="replace").splitlines() or [_command()[0]])[0]
+
+
+def _command() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "c++"))  # "ccache g++" is two words
+
+
+def _folder() -> Path:
+    """Where torch puts extensions on Linux, without importing what compiles them."""
+    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(given) / "uniad_fast"
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # no home, and a user that the system does not know
+        raise BuildError(
+            f"no home folder to keep the compiled kernels in: set TORCH_EXTENSIONS_DIR ({error})"
+        ) from error
+    return caches / "torch_extensions" / "uniad_fast"
+
+
+@cache
+def _processor() -> str:
+    """Its instruction sets, so that a home folder shared by machines keeps a library for each kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+PAYS = "avx2" in paths()
+"""Whether the kernels are the fastest way here: with vectors of four, PyTorch's forward pass is twice as fast."""

@@ -1,0 +1,120 @@
+"""Signals end training and extraction at a safe place; two runs of one folder keep out of each other's way."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import call
+
+from uniad_fast import signals
+from uniad_fast.files import locked
+
+
+def test_a_folder_called_like_the_checkpoints_is_the_users(made_up_classes, options, tmp_path):
+    (tmp_path / "b.training").mkdir()
+    (tmp_path / "b.training/thesis.txt").write_text("years of work")
+    for extra in ([], ["--restart"], ["--resume"]):
+        output = call("train", made_up_classes, "-o", tmp_path / "b", *options, *extra, code=2)
+        assert "holds other files (thesis.txt)" in output
+    assert (tmp_path / "b.training/thesis.txt").read_text() == "years of work"
+
+
+def test_a_bundle_with_other_files_in_it_is_not_replaced(bundle, made_up_classes, options, tmp_path):
+    shutil.copytree(bundle, tmp_path / "b")
+    (tmp_path / "b/notes.txt").write_text("mine")
+    output = call("train", made_up_classes, "-o", tmp_path / "b", *options, code=2)
+    assert "notes.txt" in output and (tmp_path / "b/notes.txt").exists()
+
+
+def test_two_trainings_of_one_bundle(made_up_classes, options, tmp_path):
+    work = tmp_path / "b.training"
+    work.mkdir()
+    with locked(work / "lock") as held:
+        assert held
+        output = call("train", made_up_classes, "-o", tmp_path / "b", *options, code=2)
+    assert "another process is training" in output and work.exists()
+    call("train", made_up_classes, "-o", tmp_path / "b", *options)
+
+
+@pytest.mark.parametrize(("target", "message"), [("link", "is a link"), ("x" * 240, "has a name of 240 bytes")])
+def test_a_place_that_can_hold_no_bundle_is_told_before_training(made_up_classes, options, tmp_path, target, message):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert message in call("train", made_up_classes, "-o", tmp_path / target, *options, code=2)
+
+
+def test_a_relative_place(made_up_classes, options, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    call("train", made_up_classes, "-o", ".", *options)
+    assert (tmp_path / "here/config.json").exists()
+
+
+SLOW = """
+import sys, time
+from uniad_fast.cli.main import app
+from uniad_fast.data import feature_cache
+from uniad_fast.training import loop
+
+rows, tokens = loop._rows_of_batch, feature_cache.tokens_of
+loop._rows_of_batch = lambda *args: (time.sleep(0.2), print("step", flush=True), rows(*args))[2]
+feature_cache.tokens_of = lambda *args: (time.sleep({extraction}), print("batch", flush=True), tokens(*args))[2]
+feature_cache.read_batches.__defaults__ = (4,)
+app(sys.argv[1:])
+"""
+
+
+def start(arguments, extraction=0):
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW.format(extraction=extraction), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)] and None,
+    )  # fmt: skip
+
+
+def wait_for(process, word, times=2):
+    for line in process.stdout:
+        times -= line.strip() == word
+        if times == 0:
+            return
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+def test_training_ends_a_signal_with_a_checkpoint_and_goes_on(number, bundle, made_up_classes, options, tmp_path):
+    command = ["train", made_up_classes, "-o", tmp_path / "b", *options]
+    process = start(command)
+    wait_for(process, "step")
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error
+    assert f"stopped by {number.name}" in error and "--resume goes on from there" in error
+    assert (tmp_path / "b.training/checkpoint.pt").exists() and not (tmp_path / "b").exists()
+    call(*command, "--resume")
+    hashes = [json.loads((b / "config.json").read_text())["sha256"] for b in (tmp_path / "b", bundle)]
+    assert hashes[0] == hashes[1]
+
+
+def test_a_signal_during_extraction_keeps_what_was_extracted(made_up_classes, options, tmp_path):
+    command = ["train", made_up_classes, "-o", tmp_path / "b", *options[:-2], "-q", "--cache", tmp_path / "cache"]
+    process = start(command, extraction=0.2)
+    wait_for(process, "batch")
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "features that were extracted are kept" in error
+    assert not (tmp_path / "b.training").exists()
+    (note,) = (tmp_path / "cache").glob("*.partial.json")
+    assert json.loads(note.read_text())["done"] >= 4
+
+
+def test_a_second_signal_acts_at_once():
+    with signals.noted():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        assert signals.asked_to_stop() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        with pytest.raises(signals.Stopped, match="stopped by SIGTERM"):
+            signals.stop_if_asked()
+    assert not signals.asked_to_stop()

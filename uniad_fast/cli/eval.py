@@ -1,0 +1,64 @@
+"""uniad-fast eval: how good a bundle is on labelled test images."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..data.datasets import load_dataset
+from ..data.samples import DataError
+from ..detect import results
+from ..detect.detector import AnomalyDetector
+from ..detect.evaluation import evaluate
+from .options import (
+    ERROR,
+    INCOMPLETE,
+    DataArgument,
+    Device,
+    ImageRoot,
+    MaxPixels,
+    Quiet,
+    check_folder,
+    list_problems,
+    say,
+    show_data,
+)
+
+
+def evaluate_command(
+    bundle: Annotated[Path, typer.Argument(help="Folder that train wrote.")],
+    data: DataArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for metrics.json, metrics.csv and scores.csv.")
+    ] = None,
+    save_reconstructions: Annotated[
+        Path | None, typer.Option(help="Folder for the reconstructed feature maps, one .npy an image.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**63 - 1, help="Of the split, where data bring none. Default: the bundle's."),
+    ] = None,
+    image_root: ImageRoot = None,
+    max_pixels: MaxPixels = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a bundle on labelled test images.
+
+    Exit code: 0 done, 2 an error (a score that is not finite is one), 3 done without some that could not be read.
+    """
+    check_folder(output)
+    check_folder(save_reconstructions)
+    detector = AnomalyDetector.load(bundle, device)
+    dataset = load_dataset(data, image_root, detector.settings.seed if seed is None else seed)
+    if not dataset.test:
+        raise DataError(f"{data} has no test images")
+    show_data(dataset)
+    evaluation = evaluate(detector, dataset.test, reconstructions_dir=save_reconstructions, quiet=quiet)
+    written = results.write_evaluation(evaluation, output) if output is not None else []
+    say(results.evaluation_table(evaluation))
+    for path in written:
+        say(f"wrote {path}")
+    list_problems("left out", evaluation.unreadable)
+    list_problems("not finite", evaluation.not_finite)
+    raise typer.Exit(ERROR if evaluation.not_finite else INCOMPLETE if evaluation.unreadable else 0)

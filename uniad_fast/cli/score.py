@@ -1,0 +1,72 @@
+"""uniad-fast score: images in, verdicts out."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..data.samples import DataError
+from ..detect.detector import AnomalyDetector
+from ..detect.score_outputs import name_images, write_scores
+from ..errors import UniadFastError
+from ..printable import printable
+from .options import DEFECTIVE, ERROR, INCOMPLETE, BatchSize, Device, MaxPixels, Quiet, check_folder, list_problems, say
+
+
+def score(
+    bundle: Annotated[Path, typer.Argument(help="Folder that train wrote.")],
+    images: Annotated[list[str], typer.Argument(help="Image files, and folders of them.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for scores.csv, scores.jsonl and heatmaps/.")],
+    threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's.")] = None,
+    heat_maps: Annotated[bool, typer.Option(help="Write a heat map for each image.")] = True,
+    batch_size: BatchSize = 16,
+    max_pixels: MaxPixels = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score images with a bundle.
+
+    Exit code: 0 all good, 1 something is defective, 2 an error (a score that is not finite is one), 3 some images could
+    not be read or drawn; the others are scored, and defects among them are in the files and on the last line.
+    """
+    if threshold is not None and not math.isfinite(threshold):
+        raise UniadFastError(f"--threshold must be a finite number, got {threshold}")
+    if "" in images:
+        raise DataError("the name of an image is empty")
+    check_folder(output)
+    detector = AnomalyDetector.load(bundle, device)
+    if not detector.is_calibrated and (heat_maps or threshold is None):
+        raise UniadFastError(
+            f"{bundle} has no threshold and no colours: convert it with --good GOOD_IMAGES, "
+            "or give --threshold and --no-heat-maps"
+        )
+    limit = detector.calibration.threshold if threshold is None else threshold
+    named, notes = name_images([Path(image) for image in images], output)
+    found = write_scores(detector, named, output, limit, heat_maps=heat_maps, batch_size=batch_size, quiet=quiet)
+    for note in notes:
+        say(f"note: {note}", err=True)
+    list_problems("note", found.notes)
+    if not found.rows and not found.not_finite:
+        raise DataError(
+            f"none of {len(named)} images could be read" + "".join(f"\n  {m}" for m in found.unreadable[:20])
+        )
+    rows_by_score = sorted(found.rows, key=lambda row: -row["score"])
+    for row in rows_by_score[:20]:
+        say(f"{row['score']:10.4f}  {'DEFECTIVE' if row['label'] else 'good':9}  {printable(row['image'])}")
+    if len(found.rows) > 20:
+        say(f"... and {len(found.rows) - 20} more with lower scores")
+    for name in ("scores.csv", "scores.jsonl"):
+        say(f"wrote {output / name}")
+    list_problems("left out", found.unreadable)
+    list_problems("not finite", found.not_finite)
+    list_problems("not drawn", found.not_drawn)
+    last = f"{found.defective} of {len(found.rows)} images are defective (score above {limit:.4f})"
+    for messages, what in ((found.unreadable, "could not be read"), (found.not_finite, "have no finite score")):
+        last += f"; {len(messages)} {what}" if messages else ""
+    say(last)
+    if found.not_finite:
+        raise typer.Exit(ERROR)
+    if found.unreadable or found.not_drawn:
+        raise typer.Exit(INCOMPLETE)
+    raise typer.Exit(DEFECTIVE if found.defective else 0)

@@ -1,0 +1,86 @@
+"""Ground-truth masks as people draw them."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from ..printable import printable
+from .image_files import list_images
+from .images import EXIF_ORIENTATION, UnreadableImage, image_size, naming, open_image, read_bytes
+
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
+
+
+def read_mask(path: str | os.PathLike, size: int, image: str | os.PathLike | None = None) -> NDArray:
+    """A ground-truth mask as bool [size, size], True where it is defective: where any colour is not black.
+
+    What is see-through is not marked. Formats that blur edges (JPEG and the like) count from half of the range on. A
+    folder stands for all the masks in it, together. Resized to the nearest sample, and, where that would leave nothing
+    of thin defects, to any sample that is marked.
+
+    Args:
+        image: the image file that it belongs to, whose proportions it must have, and which it is turned like.
+
+    Raises:
+        UnreadableImage: as `read_image`, or it is not of the image's proportions.
+    """
+    path = Path(path)
+    parts = list_images(path) if path.is_dir() else [path]
+    if not parts:
+        raise UnreadableImage(f"{printable(path)}: a folder of masks without one")
+    whole = np.zeros((size, size), dtype=bool)
+    for part in parts:
+        marked = _marked(part)
+        whole |= _to_square(marked if image is None else _turned_like(marked, part, image), size)
+    return whole
+
+
+def _marked(path: Path) -> NDArray:
+    """bool [height, width]."""
+    content = read_bytes(path)
+    with naming(path):
+        mask = open_image(content)
+        least = 128 if mask.format in _LOSSY else 1
+        if mask.mode == "F" or mask.mode.startswith("I"):
+            samples = np.asarray(mask)
+            if not np.isfinite(samples).all():
+                raise UnreadableImage("a mask with samples that are not finite")
+            return samples != 0
+        solid = np.asarray(mask.convert("RGBA").getchannel("A")) > 0 if mask.has_transparency_data else True
+        return (np.asarray(mask.convert("RGB")).max(axis=2) >= least) & solid
+
+
+def _turned_like(marked: NDArray, path: Path, image: str | os.PathLike) -> NDArray:
+    """The mask as the upright image lies; masks are mostly drawn on that, some on the image as stored."""
+    (width, height), orientation = image_size(image)
+    upright = (width, height) if orientation in _SIDEWAYS else (height, width)
+    if marked.shape == upright or orientation == 1:
+        turned = marked
+    elif marked.shape == (height, width):
+        picture = Image.fromarray(marked.astype(np.uint8))
+        picture.getexif()[EXIF_ORIENTATION] = orientation
+        turned = np.asarray(ImageOps.exif_transpose(picture)) > 0
+    else:
+        turned = marked
+    ratio = turned.shape[0] * upright[1] / (turned.shape[1] * upright[0])
+    if not 0.95 < ratio < 1.05:
+        raise UnreadableImage(
+            f"{printable(path)}: a mask of {turned.shape[1]} x {turned.shape[0]} pixels for an image of "
+            f"{upright[1]} x {upright[0]}"
+        )
+    return turned
+
+
+def _to_square(marked: NDArray, size: int) -> NDArray:
+    mask = Image.fromarray(marked.astype(np.uint8))
+    nearest = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
+    if nearest.any() or not marked.any():
+        return nearest
+    thin = np.zeros((size, size), dtype=bool)
+    rows, cols = np.nonzero(marked)
+    thin[rows * size // marked.shape[0], cols * size // marked.shape[1]] = True
+    return thin

@@ -1,0 +1,109 @@
+"""The one list of a detector's choices: keywords build it, a bundle stores it, the command line fills it."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import UniadFastError
+from ..models.architecture import PAPER_ARCHITECTURE, Architecture
+from ..training.recipes import RECIPES, Recipe
+from .residual_score import IMAGE_SCORES, RESIDUAL_SCORES
+
+_SMALLEST, _LARGEST = 32, 4096  # pixels a side
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class DetectorSettings:
+    """What a detector is and how it is trained, without what belongs to one machine (device, folders, implementation).
+
+    Attributes:
+        backbone: timm model whose frozen features are used; "tf_efficientnet_b4" is the paper's.
+        image_size: side in pixels of the square that every image is resized to, from 32 to 4096.
+        out_indices: feature levels, see `Backbone.pretrained`.
+        stride: of the grid that all feature levels are resized to; None is the coarsest level's.
+        normalization: (mean, deviation) of the channels of images in [0, 1]; None takes the backbone's own.
+        recipe: how to train; the name of one is taken for it.
+        architecture: of the network.
+        residual_score: how a residual becomes a number, "l2" (the paper's), "whitened" or "relative"; see
+            `uniad_fast.detect.residual_score`. None takes the recipe's.
+        image_score: how a map becomes a number, "max" (the paper's), "mean" or "std".
+        false_alarm_rate: share of good images that may score above the threshold, in (0, 1).
+        held_out: share of the good images kept from training to set the threshold, in (0, 1).
+        seed: of initial values, batch order, noise and the held-out choice.
+
+    Raises:
+        UniadFastError: a value is out of range; says which.
+    """
+
+    backbone: str = "tf_efficientnet_b4"
+    image_size: int = 224
+    out_indices: tuple[int, ...] | None = None
+    stride: int | None = None
+    normalization: Normalization | None = None
+    recipe: Recipe = "fast"  # type: ignore[assignment]  # which the recipe of that name takes the place of
+    architecture: Architecture = PAPER_ARCHITECTURE
+    residual_score: str = ""
+    image_score: str = "max"
+    false_alarm_rate: float = 0.01
+    held_out: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.recipe, str):
+            if self.recipe not in RECIPES:
+                raise UniadFastError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
+            object.__setattr__(self, "recipe", RECIPES[self.recipe])
+        if not self.residual_score:
+            object.__setattr__(self, "residual_score", self.recipe.residual_score)
+        if not isinstance(self.backbone, str):
+            raise UniadFastError(f"backbone must be the name of a timm model, got {self.backbone!r}")
+        if not _is_int(self.image_size) or not _SMALLEST <= self.image_size <= _LARGEST:
+            raise UniadFastError(f"image_size must be from {_SMALLEST} to {_LARGEST} pixels, got {self.image_size!r}")
+        if self.out_indices is not None:
+            levels = self.out_indices
+            if isinstance(levels, (str, int)) or not all(_is_int(level) and level >= 0 for level in levels):
+                raise UniadFastError(f"out_indices must be feature levels, got {levels!r}")
+            object.__setattr__(self, "out_indices", tuple(map(int, levels)))
+        if self.stride is not None and (not _is_int(self.stride) or not 1 <= self.stride <= self.image_size):
+            raise UniadFastError(f"stride must be a number of pixels, got {self.stride!r}")
+        for name, words in (("residual_score", RESIDUAL_SCORES), ("image_score", IMAGE_SCORES)):
+            if getattr(self, name) not in words:
+                raise UniadFastError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
+        for name in ("false_alarm_rate", "held_out"):
+            share = getattr(self, name)
+            if not isinstance(share, (int, float)) or not 0 < share < 1:
+                raise UniadFastError(f"{name} must be in (0, 1), got {share!r}")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
+            raise UniadFastError(f"seed must be an integer from 0 to 2^63 - 1, got {self.seed!r}")
+        for name in ("image_size", "seed"):
+            object.__setattr__(self, name, int(getattr(self, name)))  # NumPy's are no JSON
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, for `from_json`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "DetectorSettings":
+        """From what `to_json` gave, after JSON made lists of the tuples.
+
+        Raises:
+            UniadFastError: a value is out of range.
+            TypeError, KeyError: it is not what `to_json` gives.
+        """
+        values = dict(content)
+        values["recipe"] = Recipe(**content["recipe"])
+        values["architecture"] = Architecture.from_json(content["architecture"])
+        if content["normalization"] is not None:
+            mean, std = content["normalization"]
+            values["normalization"] = (tuple(mean), tuple(std))
+        if values.keys() != {field.name for field in dataclasses.fields(cls)}:
+            raise KeyError(", ".join(sorted(values.keys() ^ {field.name for field in dataclasses.fields(cls)})))
+        return cls(**values)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

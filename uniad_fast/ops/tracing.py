@@ -1,0 +1,22 @@
+"""Whether somebody writes down, or answers for, what torch does now: then tensors may be stand-ins without memory."""
+
+import torch
+from torch import Tensor
+
+
+def is_traced() -> bool:
+    """Whether tensors made now may be stand-ins: under torch.compile, export, jit, func, a mode or a captured graph."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def without_memory(*tensors: Tensor | None) -> bool:
+    """Whether a launcher can't be handed these: they are traced, or of a class that answers for its own operators."""
+    return is_traced() or any(
+        type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in tensors if t is not None
+    )
