@@ -57,7 +57,7 @@ def test_the_map_is_the_tree():
                 assert re.search(rf"\b{re.escape(path.name)}\b", tree), (
                     f"say in CONTRIBUTING.md what {name_of(path)} is"
                 )
-    for name in re.findall(r"\b(\w+\.(?:py|cpp|h))\b", text.replace("STEM.", "attention.")):
+    for name in re.findall(r"\b(\w+\.(?:py|cpp|h))\b", text.replace("STEM.", "dropout.")):
         assert list(ROOT.rglob(name)), f"CONTRIBUTING.md names {name}, which is not there"
 
 

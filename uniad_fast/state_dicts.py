@@ -1,21 +1,25 @@
 """State dicts: read from files without unpickling, checked before anything is loaded."""
 
+import contextlib
 import hashlib
 import importlib.util
+import math
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .errors import UniadFastError
 from .printable import printable
 
 StateDict = dict[str, Tensor]
+_FILLS = {"normal_", "uniform_", "fill_", "zero_"}  # in place, by which modules set initial values
 
 
 class WeightsError(UniadFastError):
@@ -126,7 +130,7 @@ def check_state_dict(given: StateDict, wanted: StateDict, what: str) -> None:
             or theirs.layout != ours.layout
         ):
             problems.append(f"{name} is {theirs.dtype}, expected {ours.dtype}")
-        elif theirs.is_floating_point() and not theirs.is_meta and not theirs.isfinite().all():
+        elif theirs.is_floating_point() and not _is_finite(theirs):
             problems.append(f"{name} is not finite")
     if problems:
         listed = "\n  ".join(sorted(problems)[:_LISTED])
@@ -134,14 +138,50 @@ def check_state_dict(given: StateDict, wanted: StateDict, what: str) -> None:
         raise WeightsError(f"{what} do not fit, {len(problems)} tensors:\n  {listed}{more}")
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether every number of it is; of one without memory it is taken for granted."""
+    if tensor.is_meta or not tensor.numel():
+        return True
+    low, high = tensor.aminmax()  # which a NaN passes through; one pass, and nothing as large as the tensor
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+@contextlib.contextmanager
+def without_values() -> Iterator[None]:
+    """Modules made inside have tensors without memory, and no initial values: for a state dict to be assigned to.
+
+    It acts in this thread alone.
+    """
+    with torch.device("meta"), _NoInitialValues():
+        yield
+
+
+class _NoInitialValues(TorchFunctionMode):
+    def __torch_function__(self, function: Any, _types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init" or getattr(function, "__name__", "") in _FILLS:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return function(*args, **kwargs)
+
+
 def assign(module: nn.Module, state: StateDict) -> None:
     """Give a module copies of these tensors, which fit those of its own of these names, in its own dtypes.
 
-    The module may have been made without memory: then nothing that is replaced was ever computed.
+    The module may have been made without memory: then nothing that is replaced was ever computed. Kernels of
+    convolutions get the memory format in which they are fast on a CPU.
     """
-    own = module.state_dict()
-    copies = {name: tensor.to(own[name].dtype, copy=True) for name, tensor in state.items()}
-    module.load_state_dict(copies, strict=False, assign=True)
+    for prefix, child in module.named_modules():
+        for own in (child._parameters, child._buffers):
+            for name, old in own.items():
+                tensor = state.get(f"{prefix}.{name}" if prefix else name)
+                if old is None or tensor is None:
+                    continue
+                memory_format = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+                copied = tensor.to(old.dtype, copy=True, memory_format=memory_format)
+                is_parameter = isinstance(old, nn.Parameter)
+                own[name] = nn.Parameter(copied, old.requires_grad) if is_parameter else copied
 
 
 def packaged_backbone_weights(backbone: str) -> Path | None:

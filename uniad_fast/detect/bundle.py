@@ -1,8 +1,11 @@
 """A trained detector on disk: a folder with `model.safetensors` and `config.json`, whole or not there."""
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +70,33 @@ def check_writable(directory: str | os.PathLike) -> None:
         raise BundleError(f"{directory} has a name of {len(os.fsencode(directory.name))} bytes: choose a shorter one")
 
 
-def read_bundle(directory: str | os.PathLike) -> tuple[StateDict, dict[str, Any]]:
-    """Tensors and configuration of a bundle, its checksum verified.
+@contextlib.contextmanager
+def read_bundle(directory: str | os.PathLike) -> Iterator[tuple[StateDict, dict[str, Any]]]:
+    """Tensors and configuration of a bundle; their checksum is computed beside the block and verified at its end.
+
+    The tensors lie in the file, mapped: whoever keeps them copies them. An error in the block is that of a damaged file
+    where the file is damaged.
 
     Raises:
         BundleError: missing, not a bundle, of a newer version, or damaged.
     """
     directory = Path(directory)
+    config = _read_config(directory)
+    path = directory / _TENSORS
+    with ThreadPoolExecutor(1) as pool:
+        checksum = pool.submit(sha256_of_file, path)
+        try:
+            try:
+                tensors = load_file(path)
+            except Exception as error:  # safetensors raises kinds of its own
+                raise BundleError(f"{path} can't be read: {printable(error)}") from None
+            yield tensors, config
+        finally:
+            if checksum.result() != config.get("sha256"):
+                raise BundleError(f"{path} is damaged: its checksum is not the one in {_CONFIG}") from None
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise BundleError(f"{directory} is not a folder: a bundle is the folder that `uniad-fast train -o` writes")
     for name in (_CONFIG, _TENSORS):
@@ -92,12 +115,7 @@ def read_bundle(directory: str | os.PathLike) -> tuple[StateDict, dict[str, Any]
         )
     if config.pop("config_sha256", None) != _hash_of(config):
         raise BundleError(f"{directory / _CONFIG} is damaged or was edited: its checksum is not that of its content")
-    if sha256_of_file(directory / _TENSORS) != config.get("sha256"):
-        raise BundleError(f"{directory / _TENSORS} is damaged: its checksum is not the one in {_CONFIG}")
-    try:
-        return load_file(directory / _TENSORS), config
-    except Exception as error:  # safetensors raises kinds of its own
-        raise BundleError(f"{directory / _TENSORS} can't be read: {printable(error)}") from None
+    return config
 
 
 def _hash_of(config: dict[str, Any]) -> str:

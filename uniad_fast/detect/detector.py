@@ -286,7 +286,8 @@ class AnomalyDetector:
         usable_impl(impl)
         trained = load_trained(directory, impl)
         detector = cls.from_settings(trained.settings, device=device, impl=impl)
-        detector._pipeline = trained.pipeline.to(detector.device).eval()
+        on_cpu = detector.device.type == "cpu"
+        detector._pipeline = (trained.pipeline if on_cpu else trained.pipeline.to(detector.device)).eval()
         detector._calibration, detector.classes = trained.calibration, trained.classes
         return detector
 

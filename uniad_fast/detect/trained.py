@@ -4,12 +4,10 @@ import dataclasses
 import os
 from typing import Any, NamedTuple
 
-import torch
-
 from ..errors import UniadFastError
 from ..models.backbone import Backbone
 from ..printable import printable_lines
-from ..state_dicts import StateDict, assign, check_state_dict, part_of
+from ..state_dicts import StateDict, assign, check_state_dict, part_of, without_values
 from .bundle import BundleError, read_bundle, write_bundle
 from .calibration import Calibration
 from .fitting import new_model, new_pipeline
@@ -54,13 +52,13 @@ def load_trained(directory: str | os.PathLike, impl: str | None = None) -> Train
     Raises:
         BundleError: missing, damaged, or not a bundle; says what is wrong.
     """
-    tensors, config = read_bundle(directory)
-    try:
-        return _put_together(tensors, config, impl)
-    except KeyError as error:
-        raise BundleError(f"{directory} is a damaged bundle: {error} is missing in its configuration") from error
-    except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        raise BundleError(f"{directory} is a damaged bundle: {printable_lines(error)}") from error
+    with read_bundle(directory) as (tensors, config):
+        try:
+            return _put_together(tensors, config, impl)
+        except KeyError as error:
+            raise BundleError(f"{directory} is a damaged bundle: {error} is missing in its configuration") from error
+        except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+            raise BundleError(f"{directory} is a damaged bundle: {printable_lines(error)}") from error
 
 
 def _put_together(tensors: StateDict, config: dict[str, Any], impl: str | None) -> Trained:
@@ -79,13 +77,17 @@ def _put_together(tensors: StateDict, config: dict[str, Any], impl: str | None) 
         raise UniadFastError(f"feature_size {height} x {width} is not of images of {size} pixels at stride {stride}")
     features = part_of(tensors, _FEATURES)
     backbone = Backbone.from_state(settings.backbone, size, settings.out_indices, features, padded_for, stride)
-    with torch.device("meta"):
+    with without_values():
         model = new_model(settings, backbone, (height, width), impl)
     if any(buffer.is_meta for buffer in model.buffers()):  # sines, which no state dict has
         model = new_model(settings, backbone, (height, width), impl)
     pipeline = new_pipeline(settings, backbone, model)
-    check_state_dict(tensors, pipeline.state_dict(), "the bundle's tensors")
     # The features have theirs, in the memory format that they are fast in.
-    assign(pipeline, {name: tensor for name, tensor in tensors.items() if not name.startswith(_FEATURES)})
+    rest, own = (
+        {name: t for name, t in state.items() if not name.startswith(_FEATURES)}
+        for state in (tensors, pipeline.state_dict())
+    )
+    check_state_dict(rest, own, "the bundle's tensors")
+    assign(pipeline, rest)
     stored = config["calibration"]
     return Trained(settings, pipeline, None if stored is None else Calibration.from_json(stored), classes)

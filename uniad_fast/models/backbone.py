@@ -56,7 +56,10 @@ class Backbone(nn.Module):
         if padded_for is not None:
             pad_as_for(features, padded_for)
         # Depthwise convolutions run about five times faster on a CPU in this memory format.
-        self.features = features.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.features = features.eval().requires_grad_(False)
+        kernels = [p for p in features.parameters() if p.ndim == 4]
+        if not all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels):
+            self.features = features.to(memory_format=torch.channels_last)
         info = features.feature_info
         self.channels = sum(info.channels())
         self.deepest = slice(self.channels - info.channels()[-1], self.channels)

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import UniadFastError
 from ..printable import printable
-from ..state_dicts import StateDict
+from ..state_dicts import StateDict, without_values
 
 _COARSEST_STRIDE = 16
 
@@ -42,7 +42,7 @@ def create_without_values(name: str, image_size: int, out_indices: tuple[int, ..
     import timm  # noqa: F401  here, for on the device below torch 2.6 can't import what timm imports
 
     try:
-        with torch.device("meta"):
+        with without_values():
             features = create(name, image_size, out_indices)
     except (NotImplementedError, RuntimeError):
         return None
