@@ -63,6 +63,24 @@ def backbone_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def backbone_tensors() -> dict[str, torch.Tensor]:
+    """An EfficientNet-PyTorch b4's, random but the same in every test; not to be written to."""
+    import public_efficientnet
+
+    torch.manual_seed(1)
+    return public_efficientnet.random_tensors()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of four pictures."""
+    rng = np.random.default_rng(0)
+    for index in range(4):
+        save(striped_picture(rng, index, False)[0], tmp_path / "photos" / f"{index}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture(scope="session")
 def options(backbone_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> list:
     """Of `uniad-fast train`, for a small detector soon."""
     cache = tmp_path_factory.mktemp("cache")

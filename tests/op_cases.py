@@ -127,3 +127,14 @@ def layouts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 KERNELS = [impl for impl in IMPLS if impl in ("cpu", "triton")]
+
+
+def positional(name, impl):
+    """The op as a function of its tensors by position, and them."""
+    case = NAMED_OPS[name]
+    tensors = case.make(impl)
+
+    def function(*values):
+        return case.call(impl, **dict(zip(tensors, values, strict=True)))
+
+    return function, list(tensors.values())

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from public_checkpoints import GRID, SIDE, network, public_state, under
 
 from uniad_fast import AnomalyDetector, UniAD
 from uniad_fast.interop import checkpoints as checkpoints
@@ -18,7 +19,6 @@ from uniad_fast.models.efficientnet import _MODELS, native_size, public_names, r
 from uniad_fast.state_dicts import WeightsError
 from uniad_fast.testing import PublicUniAD
 
-SIDE, GRID = 96, (6, 6)
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 
@@ -46,27 +46,8 @@ def easydict(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def backbone_tensors():
-    torch.manual_seed(1)
-    return public_efficientnet.random_tensors()
-
-
-def network(**options):
-    torch.manual_seed(2)
-    return PublicUniAD(272, 16, GRID, (3, 3), hidden_dim=32, layers=2, dim_feedforward=48, **options).eval()
-
-
-@pytest.fixture(scope="module")
 def images():
     return torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
-
-
-def under(prefix, state):
-    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
-
-
-def public_state(backbone_tensors):
-    return under("module.backbone.", backbone_tensors) | under("module.reconstruction.", network().state_dict())
 
 
 def expected_maps(frozen_features, images, net=None):

@@ -3,40 +3,17 @@
 import re
 from dataclasses import replace
 
-import public_efficientnet
 import pytest
 import torch
+from conftest import call
+from public_checkpoints import SIDE, network, public_state
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from uniad_fast import AnomalyDetector
-from uniad_fast.cli.main import app
 from uniad_fast.data.image_files import list_images
 from uniad_fast.interop import checkpoints as checkpoints
 from uniad_fast.state_dicts import read_state_dict
-from uniad_fast.testing import PublicUniAD
 from uniad_fast.training.recipes import FAST
-
-SIDE, GRID = 96, (6, 6)
-
-
-@pytest.fixture(scope="module")
-def backbone_tensors():
-    torch.manual_seed(1)
-    return public_efficientnet.random_tensors()
-
-
-def network(**options):
-    torch.manual_seed(2)
-    return PublicUniAD(272, 16, GRID, (3, 3), hidden_dim=32, layers=2, dim_feedforward=48, **options).eval()
-
-
-def under(prefix, state):
-    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
-
-
-def public_state(backbone_tensors):
-    return under("module.backbone.", backbone_tensors) | under("module.reconstruction.", network().state_dict())
 
 
 @pytest.mark.parametrize("suffix", [".pth.tar", ".safetensors"])
@@ -74,35 +51,29 @@ def test_standardised_features_are_undone_on_the_way_out(tmp_path, backbone_weig
         checkpoints.save(detector, tmp_path / "m.pth", "onnx")
 
 
-def command(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result.output
-
-
 def test_convert(tmp_path, backbone_tensors, made_up_classes):
     torch.save({"state_dict": public_state(backbone_tensors)}, tmp_path / "c.pth.tar")
-    output = command("convert", tmp_path / "c.pth.tar", "-o", tmp_path / "bundle")
+    output = call("convert", tmp_path / "c.pth.tar", "-o", tmp_path / "bundle")
     assert "tf_efficientnet_b4, padded for 380 pixels, 6 x 6 tokens, 96 pixels" in output and "no threshold" in output
     pictures = made_up_classes / "class0/test/square"
-    assert "has no threshold" in command("score", tmp_path / "bundle", pictures, "-o", tmp_path / "s", code=2)
-    command("score", tmp_path / "bundle", pictures, "-o", tmp_path / "s", "--threshold", 1e9, "--no-heat-maps", "-q")
+    assert "has no threshold" in call("score", tmp_path / "bundle", pictures, "-o", tmp_path / "s", code=2)
+    call("score", tmp_path / "bundle", pictures, "-o", tmp_path / "s", "--threshold", 1e9, "--no-heat-maps", "-q")
     options = ["--good", made_up_classes / "class0/train/good", "--cache", tmp_path / "cache", "-q"]
-    output = command("convert", tmp_path / "c.pth.tar", "-o", tmp_path / "bundle", *options)
+    output = call("convert", tmp_path / "c.pth.tar", "-o", tmp_path / "bundle", *options)
     assert "threshold " in output and "no threshold" not in output
     threshold = AnomalyDetector.load(tmp_path / "bundle").calibration.threshold
     good = AnomalyDetector.load(tmp_path / "bundle").predict(list_images(made_up_classes / "class0/train/good"))
     assert max(p.score for p in good) == pytest.approx(threshold, rel=1e-4)
-    command("score", tmp_path / "bundle", pictures, "-o", tmp_path / "s", "--threshold", 1e9, "-q")
+    call("score", tmp_path / "bundle", pictures, "-o", tmp_path / "s", "--threshold", 1e9, "-q")
     assert len(list_images(tmp_path / "s/heatmaps")) == 4
-    assert "wrote" in command("convert", tmp_path / "bundle", "-o", tmp_path / "back.pth.tar", "--to", "uniad")
+    assert "wrote" in call("convert", tmp_path / "bundle", "-o", tmp_path / "back.pth.tar", "--to", "uniad")
     assert checkpoints.load(tmp_path / "back.pth.tar").pipeline.backbone.padded_for == 380
 
 
 def test_convert_says_what_it_cannot(tmp_path, backbone_tensors):
     torch.save(network().state_dict(), tmp_path / "n.pth")
-    assert "a network alone: name the backbone" in command("convert", tmp_path / "n.pth", "-o", tmp_path / "b", code=2)
+    assert "a network alone: name the backbone" in call("convert", tmp_path / "n.pth", "-o", tmp_path / "b", code=2)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
-    assert "other content" in command("convert", tmp_path / "n.pth", "-o", tmp_path / "full", code=2)
+    assert "other content" in call("convert", tmp_path / "n.pth", "-o", tmp_path / "full", code=2)
     assert not (tmp_path / "b").exists()

@@ -9,19 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call, save, striped_picture
+from conftest import call
 
 from uniad_fast import files
 from uniad_fast.data.image_batches import read_batches
 from uniad_fast.files import atomic_directory, atomic_path, sweep
-
-
-@pytest.fixture
-def photos(tmp_path):
-    rng = np.random.default_rng(0)
-    for index in range(4):
-        save(striped_picture(rng, index, False)[0], tmp_path / "photos" / f"{index}.png")
-    return tmp_path / "photos"
 
 
 def _write_and_die(target):

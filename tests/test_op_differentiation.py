@@ -5,24 +5,13 @@ import warnings
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from op_cases import KERNELS, NAMED_OPS
+from op_cases import KERNELS, NAMED_OPS, positional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from uniad_fast.ops.dispatch import IMPLS
 
 NAME = pytest.mark.parametrize("name", NAMED_OPS)
 KERNEL = pytest.mark.parametrize("impl", KERNELS)
-
-
-def positional(name, impl):
-    """The op as a function of its tensors by position, and them."""
-    case = NAMED_OPS[name]
-    tensors = case.make(impl)
-
-    def function(*values):
-        return case.call(impl, **dict(zip(tensors, values, strict=True)))
-
-    return function, list(tensors.values())
 
 
 @KERNEL

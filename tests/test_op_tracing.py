@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_cases import KERNELS, NAMED_OPS, device_of
+from op_cases import KERNELS, NAMED_OPS, device_of, positional
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,17 +15,6 @@ KERNEL = pytest.mark.parametrize("impl", KERNELS)
 # Stock PyTorch seeds its generators from a number, which no tracer knows: it is traced without dropout.
 TRACED = [(impl, name) for impl in IMPLS for name in NAMED_OPS if impl != "torch" or name.endswith("without_dropout")]
 IMPL_AND_NAME = pytest.mark.parametrize(("impl", "name"), TRACED)
-
-
-def positional(name, impl):
-    """The op as a function of its tensors by position, and them."""
-    case = NAMED_OPS[name]
-    tensors = case.make(impl)
-
-    def function(*values):
-        return case.call(impl, **dict(zip(tensors, values, strict=True)))
-
-    return function, list(tensors.values())
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])

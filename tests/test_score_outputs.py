@@ -7,20 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import call, save, striped_picture
+from conftest import call
 from PIL import Image
 
 from uniad_fast.detect import results as report
-
-
-@pytest.fixture
-def photos(tmp_path):
-    rng = np.random.default_rng(0)
-    for index in range(4):
-        save(striped_picture(rng, index, False)[0], tmp_path / "photos" / f"{index}.png")
-    return tmp_path / "photos"
 
 
 def rows(output):

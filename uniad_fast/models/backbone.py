@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UniadFastError
 from ..ops.geometry import Size
 from ..state_dicts import (
     StateDict,
@@ -17,9 +18,11 @@ from ..state_dicts import (
     hash_of_state_dict,
     packaged_backbone_weights,
     read_state_dict,
+    without_values,
 )
 from .backbone_weights import downloaded, in_timm_names
 from .efficientnet import pad_as_for
+from .efficientnet_features import EfficientNetFeatures, default_levels, is_native
 from .timm_features import create, create_without_values, default_out_indices, tensors_of_whole
 
 _COUNTER = "num_batches_tracked"
@@ -97,12 +100,13 @@ class Backbone(nn.Module):
         out_indices = out_indices or default_out_indices(name, image_size)
         weights = weights or packaged_backbone_weights(name)
         if weights is None:
-            return cls(name, downloaded(name, image_size, out_indices), out_indices, stride=stride)
+            features = downloaded(name, image_size, out_indices)
+            return cls(name, _native(name, features), out_indices, stride=stride)
         whole = tensors_of_whole(name, image_size)
         state = in_timm_names(read_state_dict(weights), whole)
         check_state_dict(state, whole, f"{name} weights")
         features = create(name, image_size, out_indices, pretrained=True, pretrained_cfg_overlay={"state_dict": state})
-        return cls(name, features, out_indices, stride=stride)
+        return cls(name, _native(name, features), out_indices, stride=stride)
 
     @classmethod
     def from_state(
@@ -121,10 +125,7 @@ class Backbone(nn.Module):
         Raises:
             WeightsError: a tensor is missing, unknown or of another shape; all are listed.
         """
-        levels = out_indices or default_out_indices(name, image_size)
-        features = create_without_values(name, image_size, levels)
-        if features is None:
-            features = create(name, image_size, levels)
+        features = _without_values(name, image_size, out_indices)
         own = features.state_dict()
         if own.keys() != state.keys():
             whole = tensors_of_whole(name, image_size)
@@ -185,3 +186,27 @@ class Backbone(nn.Module):
         padding = f" padded for {self.padded_for}" if self.padded_for else ""
         padding += f" at stride {self.stride}" if self.stride != max(self.strides) else ""
         return f"{self.name} {self.out_indices}{padding} {hash_of_state_dict(self.state_dict())}"
+
+
+def _native(name: str, features: Any) -> Any:
+    """timm's extractor, or our own of its tensors, which computes no more than is asked for."""
+    if not is_native(name):
+        return features
+    with without_values():
+        own = EfficientNetFeatures(name, features.feature_info.out_indices)
+    assign(own, features.state_dict())
+    own.pretrained_cfg = features.pretrained_cfg
+    return own
+
+
+def _without_values(name: str, image_size: int, out_indices: tuple[int, ...] | None) -> Any:
+    """The extractor, as far as can be without memory; of the native ones without timm."""
+    if is_native(name):
+        try:
+            with without_values():
+                return EfficientNetFeatures(name, out_indices or default_levels())
+        except IndexError as error:
+            raise UniadFastError(f"{name} has no feature levels {out_indices}: {error}") from None
+    levels = out_indices or default_out_indices(name, image_size)
+    features = create_without_values(name, image_size, levels)
+    return create(name, image_size, levels) if features is None else features
