@@ -29,7 +29,8 @@ def evaluate_command(
     bundle: Annotated[Path, typer.Argument(help="Folder that train wrote.")],
     data: DataArgument,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for metrics.json, metrics.csv and scores.csv.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for metrics.json, metrics.csv, decisions.csv, scores.csv."),
     ] = None,
     save_reconstructions: Annotated[
         Path | None, typer.Option(help="Folder for the reconstructed feature maps, one .npy an image.")
@@ -57,6 +58,8 @@ def evaluate_command(
     evaluation = evaluate(detector, dataset.test, reconstructions_dir=save_reconstructions, quiet=quiet)
     written = results.write_evaluation(evaluation, output) if output is not None else []
     say(results.evaluation_table(evaluation))
+    if evaluation.decisions is not None:
+        say("\n" + results.decisions_table(evaluation.decisions) + "\n")
     for path in written:
         say(f"wrote {path}")
     list_problems("left out", evaluation.unreadable)

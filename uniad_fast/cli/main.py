@@ -1,10 +1,11 @@
-"""The command line: uniad-fast demo | train | eval | score | convert | doctor | study | data."""
+"""The command line: uniad-fast demo | train | eval | score | calibrate | convert | doctor | study | data."""
 
 from typing import Annotated
 
 import typer
 
 from .. import __version__
+from .calibrate import calibrate
 from .convert import convert
 from .demo import demo
 from .doctor import diagnose
@@ -38,7 +39,7 @@ def _options(
     """Options of the program itself."""
 
 
-for command in (demo, train, score, convert, study):
+for command in (demo, train, score, calibrate, convert, study):
     app.command()(reports_errors(command))
 app.command("eval")(reports_errors(evaluate_command))
 app.add_typer(data_app, name="data")

@@ -17,6 +17,7 @@ import typer
 
 from ..data.datasets import composition
 from ..data.samples import Dataset
+from ..detect.detector import AnomalyDetector
 from ..detect.results import table
 from ..errors import UniadFastError
 from ..printable import printable, printable_lines
@@ -147,3 +148,15 @@ def check_folder(folder: Path | None) -> None:
         folder = folder.parent
     if folder is not None and not folder.is_dir():
         raise UniadFastError(f"{folder} is a file, and results need a folder")
+
+
+def threshold_sentence(detector: AnomalyDetector) -> str:
+    """The threshold, where it comes from, and what it promises."""
+    calibration, asked = detector.calibration, detector.settings.false_alarm_rate
+    held = calibration.held_false_alarm_rate
+    sentence = (
+        f"threshold {calibration.threshold:.4f} from {calibration.held_out_images} held-out good images, "
+        f"at most {held:.1%} false alarms"
+    )
+    few = f"\n(too few held-out images to promise the {asked:.1%} asked for)"
+    return sentence + (few if held > asked else "")

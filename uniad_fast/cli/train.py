@@ -34,6 +34,7 @@ from .options import (
     list_problems,
     say,
     show_data,
+    threshold_sentence,
 )
 
 _TRAINING, _LOCK = "uniad_fast training", "lock"
@@ -143,13 +144,7 @@ def fit_and_save(
                 shutil.rmtree(work_dir)
             raise
         shutil.rmtree(work_dir)
-    calibration = detector.calibration
-    say(
-        f"wrote {output}; threshold {calibration.threshold:.4f} from {calibration.held_out_images} held-out good "
-        f"images, at most {calibration.held_false_alarm_rate:.1%} false alarms"
-    )
-    if calibration.held_false_alarm_rate > detector.settings.false_alarm_rate:
-        say(f"(too few held-out images to promise the {detector.settings.false_alarm_rate:.1%} asked for)")
+    say(f"wrote {output}; {threshold_sentence(detector)}")
     list_problems("note", detector.notes)
 
 

@@ -118,6 +118,14 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def read_log(directory: str | os.PathLike) -> str:
+    """What a bundle's training.csv holds; nothing where it has none, or none that can be read."""
+    try:
+        return (Path(directory) / _LOG).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
 def _hash_of(config: dict[str, Any]) -> str:
     """Hex SHA-256 of a configuration, whatever the order of its names."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()

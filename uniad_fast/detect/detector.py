@@ -164,8 +164,8 @@ class AnomalyDetector:
         with contextlib.ExitStack() as stack:
             directory = work_dir or stack.enter_context(tempfile.TemporaryDirectory())
             files = RunFiles(directory, run, resume, checkpoint_seconds)
+            options: dict[str, Any] = {"validation": unseen.tokens, "quiet": quiet}
             try:
-                options: dict[str, Any] = {"validation": unseen.tokens, "quiet": quiet}
                 train_pipeline(pipeline, good.tokens, settings.recipe, settings.seed, files, **options)
             except Diverged as error:
                 raise error.with_names([kept[good.used[row]].path for row in error.rows]) from None
@@ -269,8 +269,8 @@ class AnomalyDetector:
         Raises:
             BundleError: `directory` exists and is no bundle.
         """
-        trained = Trained(self.settings, self.pipeline, self._calibration, self.classes)
-        save_trained(directory, trained, self._training_log)
+        content = (self.settings, self.pipeline, self._calibration, self.classes, self._training_log)
+        save_trained(directory, Trained(*content))
 
     @classmethod
     def load(
@@ -286,9 +286,9 @@ class AnomalyDetector:
         usable_impl(impl)
         trained = load_trained(directory, impl)
         detector = cls.from_settings(trained.settings, device=device, impl=impl)
-        on_cpu = detector.device.type == "cpu"
-        detector._pipeline = (trained.pipeline if on_cpu else trained.pipeline.to(detector.device)).eval()
-        detector._calibration, detector.classes = trained.calibration, trained.classes
+        moved = trained.pipeline if detector.device.type == "cpu" else trained.pipeline.to(detector.device)
+        detector._pipeline, detector._calibration = moved.eval(), trained.calibration
+        detector.classes, detector._training_log = trained.classes, trained.training_log
         return detector
 
     def _calibrate(self, unseen: Features) -> None:

@@ -16,6 +16,7 @@ from ..data.masks import read_mask
 from ..data.samples import DataError, Sample
 from ..models.uniad import save_reconstructions
 from ..printable import printable
+from .decisions import Decisions, decide
 from .detector import AnomalyDetector
 from .metrics import DETECTION, LOCALISATION, detection_metrics, localisation_metrics, mean_of_defined
 from .pipeline import to_maps
@@ -35,6 +36,7 @@ class Evaluation:
         samples, scores: the images that could be read, and their image scores.
         unreadable: a message for each image or mask that could not, and for each reconstruction not written.
         not_finite: a message for each image whose score is not finite, which nothing here counts.
+        decisions: what the detector's threshold does on these images; None for a detector without one.
     """
 
     by_class: dict[str, dict[str, float | None]]
@@ -44,6 +46,7 @@ class Evaluation:
     scores: list[float]
     unreadable: list[str]
     not_finite: list[str] = field(default_factory=list)
+    decisions: Decisions | None = None
 
 
 def evaluate(
@@ -85,7 +88,11 @@ def evaluate(
         by_class[name], notes[name] = _measure(detector, name, scored)
     mean = {column: mean_of_defined([row[column] for row in by_class.values()]) for column in COLUMNS}
     notes = {name: reasons for name, reasons in notes.items() if reasons}
-    return Evaluation(by_class, notes, mean, scored.samples, scored.scores, scored.unreadable, scored.not_finite)
+    decisions = None
+    if detector.is_calibrated:
+        decisions = decide(scored.samples, scored.scores, detector.calibration.threshold)
+    found = (scored.samples, scored.scores, scored.unreadable, scored.not_finite)
+    return Evaluation(by_class, notes, mean, *found, decisions)
 
 
 @dataclass

@@ -7,15 +7,19 @@ import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from PIL import Image
 
+from ..data.samples import GOOD
 from ..files import atomic_path
 from ..printable import printable, table_cell
+from .decisions import Decisions, Outcome
 from .evaluation import COLUMNS, Evaluation
 
+_WORST = 5
 SCORE_FIELDS = ("image", "score", "label", "threshold", "heat_map")
 
 
@@ -43,8 +47,42 @@ def evaluation_table(evaluation: Evaluation) -> str:
     return "\n".join([body, *notes])
 
 
+def decisions_table(decisions: Decisions) -> str:
+    """What the threshold does: a row a class and kind, other thresholds, and the worst of the wrong verdicts."""
+    rows = [
+        [
+            printable(outcome.class_name),
+            printable(outcome.kind),
+            str(outcome.images),
+            _verdicts(outcome),
+            f"{outcome.share:.1%}",
+            "{:.1%} to {:.1%}".format(*outcome.interval),
+        ]
+        for outcome in decisions.outcomes
+    ]
+    header = ["class", "kind", "images", "verdicts", "called defective", "with 95% confidence"]
+    lines = [f"at the threshold {decisions.threshold:.4f}:", "", table(header, rows), ""]
+    for other in decisions.alternatives:
+        lines.append(
+            f"at most {other.rate:.0%} false alarms among these images: threshold {other.threshold:.4f}, "
+            f"{other.false_alarms} of {other.good_images} good ones, misses {other.missed} of {other.defective_images}"
+        )
+    for what, wrong in (("missed", decisions.misses), ("false alarm", decisions.false_alarms)):
+        lines += [f"{what}: {printable(sample.path)} ({score:.4f})" for sample, score in wrong[:_WORST]]
+        lines += [f"... and {len(wrong) - _WORST} more" for _ in range(len(wrong) > _WORST)]
+    return "\n".join(lines)
+
+
+def _verdicts(outcome: Outcome) -> str:
+    if outcome.kind == GOOD:
+        return f"{outcome.above} false alarms"
+    return f"{outcome.above} found, {outcome.images - outcome.above} missed"
+
+
 def write_evaluation(evaluation: Evaluation, directory: str | os.PathLike) -> list[Path]:
-    """metrics.json, metrics.csv (a row a class, then the mean) and scores.csv (a row an image)."""
+    """metrics.json, metrics.csv (a row a class, then the mean), decisions.csv (a row a class and kind, where there is a
+    threshold) and scores.csv (a row an image).
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     content = {
@@ -53,7 +91,18 @@ def write_evaluation(evaluation: Evaluation, directory: str | os.PathLike) -> li
         "not_defined": evaluation.notes,
         "images": len(evaluation.samples),
         "unreadable": evaluation.unreadable,
+        "decisions": None,
     }
+    written = []
+    if (decisions := evaluation.decisions) is not None:
+        outcomes = [_outcome_row(outcome) for outcome in decisions.outcomes]
+        alternatives = [asdict(other) for other in decisions.alternatives]
+        content["decisions"] = {
+            "threshold": decisions.threshold,
+            "outcomes": outcomes,
+            "alternatives": alternatives,
+        }
+        written = [_write_text(directory / "decisions.csv", _csv(list(outcomes[0]), outcomes))]
     rows = [{"class": name} | values for name, values in _rows(evaluation)]
     scores = [
         {"image": str(sample.path), "class": sample.class_name, "kind": sample.kind, "score": f"{score:.9g}"}
@@ -62,8 +111,22 @@ def write_evaluation(evaluation: Evaluation, directory: str | os.PathLike) -> li
     return [
         _write_text(directory / "metrics.json", json.dumps(content, indent=2, allow_nan=False) + "\n"),
         _write_text(directory / "metrics.csv", _csv(["class", *COLUMNS], rows)),
+        *written,
         _write_text(directory / "scores.csv", _csv(["image", "class", "kind", "score"], scores)),
     ]
+
+
+def _outcome_row(outcome: Outcome) -> dict[str, Any]:
+    low, high = outcome.interval
+    return {
+        "class": outcome.class_name,
+        "kind": outcome.kind,
+        "images": outcome.images,
+        "called_defective": outcome.above,
+        "share": outcome.share,
+        "share_low": low,
+        "share_high": high,
+    }
 
 
 class ScoreFiles:

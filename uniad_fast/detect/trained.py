@@ -8,7 +8,7 @@ from ..errors import UniadFastError
 from ..models.backbone import Backbone
 from ..printable import printable_lines
 from ..state_dicts import StateDict, assign, check_state_dict, part_of, without_values
-from .bundle import BundleError, read_bundle, write_bundle
+from .bundle import BundleError, read_bundle, read_log, write_bundle
 from .calibration import Calibration
 from .fitting import new_model, new_pipeline
 from .pipeline import Pipeline
@@ -25,9 +25,10 @@ class Trained(NamedTuple):
     pipeline: Pipeline
     calibration: Calibration | None
     classes: list[str]
+    training_log: str
 
 
-def save_trained(directory: str | os.PathLike, trained: Trained, training_log: str) -> None:
+def save_trained(directory: str | os.PathLike, trained: Trained) -> None:
     """Write a bundle, replacing one that is there.
 
     Raises:
@@ -43,7 +44,7 @@ def save_trained(directory: str | os.PathLike, trained: Trained, training_log: s
         "classes": trained.classes,
         "calibration": dataclasses.asdict(trained.calibration) if trained.calibration else None,
     }
-    write_bundle(directory, trained.pipeline.state_dict(), config, training_log)
+    write_bundle(directory, trained.pipeline.state_dict(), config, trained.training_log)
 
 
 def load_trained(directory: str | os.PathLike, impl: str | None = None) -> Trained:
@@ -54,14 +55,14 @@ def load_trained(directory: str | os.PathLike, impl: str | None = None) -> Train
     """
     with read_bundle(directory) as (tensors, config):
         try:
-            return _put_together(tensors, config, impl)
+            return _put_together(tensors, config, read_log(directory), impl)
         except KeyError as error:
             raise BundleError(f"{directory} is a damaged bundle: {error} is missing in its configuration") from error
         except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise BundleError(f"{directory} is a damaged bundle: {printable_lines(error)}") from error
 
 
-def _put_together(tensors: StateDict, config: dict[str, Any], impl: str | None) -> Trained:
+def _put_together(tensors: StateDict, config: dict[str, Any], log: str, impl: str | None) -> Trained:
     settings = DetectorSettings.from_json(config["settings"])
     padded_for, classes = config["padded_for"], config["classes"]
     height, width = config["feature_size"]
@@ -90,4 +91,5 @@ def _put_together(tensors: StateDict, config: dict[str, Any], impl: str | None) 
     check_state_dict(rest, own, "the bundle's tensors")
     assign(pipeline, rest)
     stored = config["calibration"]
-    return Trained(settings, pipeline, None if stored is None else Calibration.from_json(stored), classes)
+    calibration = None if stored is None else Calibration.from_json(stored)
+    return Trained(settings, pipeline, calibration, classes, log)
