@@ -88,6 +88,7 @@ def test_score_writes_everything_and_exits_one_for_a_defect(trained, made_up_cla
     for line in lines:
         with Image.open(line["heat_map"]) as picture, Image.open(line["image"]) as image:
             assert picture.size == image.size and picture.format == "PNG"
+    assert [int(row["regions"]) for row in rows] == [len(line["regions"]) for line in lines]
     defective, good = (np.mean([r["score"] for r in lines if kind in r["image"]]) for kind in ("square", "good"))
     assert defective > good
 

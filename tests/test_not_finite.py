@@ -94,14 +94,15 @@ def test_held_out_losses_features_and_residuals():
 
 
 GOOD = dict(
-    threshold=1.0, held_false_alarm_rate=0.1, color_range=(0.0, 1.0), held_out_images=3, held_out_mean=0.5,
-    held_out_std=0.1,
+    threshold=1.0, held_false_alarm_rate=0.1, pixel_threshold=2.0, color_range=(0.0, 1.0), held_out_images=3,
+    held_out_mean=0.5, held_out_std=0.1,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "change",
-    [dict(threshold=NAN), dict(threshold=INF), dict(threshold="x"), dict(threshold=True), dict(threshold=None),
+    [dict(threshold=NAN), dict(pixel_threshold=NAN),
+      dict(threshold=INF), dict(threshold="x"), dict(threshold=True), dict(threshold=None),
      dict(color_range=(0.0, NAN)), dict(color_range=(2.0, 1.0)), dict(color_range=("a", "b")),
      dict(held_false_alarm_rate=2.0), dict(held_out_images=0), dict(held_out_mean=INF)],
     ids=str,
@@ -138,15 +139,15 @@ def test_a_score_that_is_not_finite_is_an_error_and_no_label(bundle, made_up_cla
 
 
 def test_an_evaluation_leaves_such_scores_out_by_name(bundle, made_up_classes, tmp_path, monkeypatch):
-    from uniad_fast.detect import detector
+    from uniad_fast.detect import prediction
 
-    scores, seen = detector.image_scores, []
+    scores, seen = prediction.image_scores, []
 
     def first_is_nan(maps, kind):
         seen.append(len(maps))
         return scores(maps, kind).index_fill(0, torch.tensor([0] if len(seen) == 1 else [], dtype=torch.long), NAN)
 
-    monkeypatch.setattr(detector, "image_scores", first_is_nan)
+    monkeypatch.setattr(prediction, "image_scores", first_is_nan)
     code, output = run_command("eval", bundle, made_up_classes, "-o", tmp_path, "-q")
     assert code == 2 and "not finite: " in output and "class0/test/good/000.png: its score is nan" in output
     assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 39

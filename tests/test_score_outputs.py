@@ -72,7 +72,7 @@ def test_nothing_readable_is_an_error(bundle, tmp_path):
 
 
 def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
-    row = dict(zip(report.SCORE_FIELDS, ("a.png", 1.0, 0, 2.0, None), strict=True))
+    row = dict(zip(report.SCORE_FIELDS, ("a.png", 1.0, 0, 2.0, None, []), strict=True))
     with pytest.raises(OSError, match="No space"), report.ScoreFiles(tmp_path) as out:
         out.add(row)
         wrapped = out._files[1]

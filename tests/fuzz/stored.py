@@ -44,7 +44,7 @@ def _detector() -> AnomalyDetector:
     detector = AnomalyDetector("resnet10t", 32, out_indices=(1, 2), architecture=architecture, device="cpu")
     model = new_model(detector.settings, frozen, frozen.feature_size(32), None)
     detector._pipeline = new_pipeline(detector.settings, frozen, model).eval()
-    detector._calibration = Calibration(3.5, 0.1, (0.0, 2.0), 9, 2.0, 0.5)
+    detector._calibration = Calibration(3.5, 0.1, 4.5, (0.0, 2.0), 9, 2.0, 0.5)
     detector.classes = ["cup"]
     return detector
 

@@ -20,6 +20,7 @@ def score(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for scores.csv, scores.jsonl and heatmaps/.")],
     threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's.")] = None,
     heat_maps: Annotated[bool, typer.Option(help="Write a heat map for each image.")] = True,
+    min_area: Annotated[float, typer.Option(min=0, help="Smallest region to list, in pixels of the image.")] = 0,
     batch_size: BatchSize = 16,
     max_pixels: MaxPixels = None,
     device: Device = None,
@@ -43,7 +44,9 @@ def score(
         )
     limit = detector.calibration.threshold if threshold is None else threshold
     named, notes = name_images([Path(image) for image in images], output)
-    found = write_scores(detector, named, output, limit, heat_maps=heat_maps, batch_size=batch_size, quiet=quiet)
+    found = write_scores(
+        detector, named, output, limit, heat_maps=heat_maps, min_area=min_area, batch_size=batch_size, quiet=quiet
+    )
     for note in notes:
         say(f"note: {note}", err=True)
     list_problems("note", found.notes)

@@ -39,7 +39,8 @@ class Failure:
 class ImageBatch:
     """Some images, read: `images` [len(used), 3, S, S]; `used` are positions among the `size` paths asked for.
 
-    pictures: the decoded images of `used`, where they were asked for.
+    sizes: (height, width) in pixels of the upright images of `used`.
+    pictures: these images, where they were asked for.
     notes: (position, remark) of images that are not shown quite as they are.
     """
 
@@ -47,12 +48,14 @@ class ImageBatch:
     used: list[int]
     failures: list[Failure]
     size: int
+    sizes: list[tuple[int, int]] = field(default_factory=list)
     pictures: list[Image.Image] = field(default_factory=list)
     notes: list[tuple[int, str]] = field(default_factory=list)
 
 
 class _Read(NamedTuple):
     tensor: Tensor
+    size: tuple[int, int]
     picture: Image.Image | None
     note: str | None
     pixels: int
@@ -84,7 +87,9 @@ def read_batches(
             pixels = gate.enter(index, pixels_of(content)) if keep_pictures else 0
             image = decode(content, path)
             kept = image if keep_pictures else None
-            return _Read(to_tensor(image, image_size), kept, image.info.get("note"), pixels)
+            return _Read(
+                to_tensor(image, image_size), (image.height, image.width), kept, image.info.get("note"), pixels
+            )
         except UnreadableImage as error:
             gate.leave(pixels)
             # What was unreadable from the start is known by its digest, which then is none.
@@ -121,6 +126,7 @@ def _batch(results: Sequence[_Read | Failure], image_size: int) -> ImageBatch:
         list(read),
         [replace(result, position=i) for i, result in enumerate(results) if isinstance(result, Failure)],
         len(results),
+        [one.size for one in read.values()],
         [one.picture for one in read.values() if one.picture is not None],
         [(position, one.note) for position, one in read.items() if one.note],
     )

@@ -25,6 +25,8 @@ class Calibration:
     Attributes:
         threshold: image score above which an image is called defective.
         held_false_alarm_rate: the rate that it holds, see `threshold_for`.
+        pixel_threshold: map value above which a pixel belongs to a region; a good image has such a pixel no more often
+            than that rate says.
         color_range: map values between which heat maps are coloured, the same for every image.
         held_out_images, held_out_mean, held_out_std: how many there were, and their image scores.
 
@@ -34,6 +36,7 @@ class Calibration:
 
     threshold: float
     held_false_alarm_rate: float
+    pixel_threshold: float
     color_range: tuple[float, float]
     held_out_images: int
     held_out_mean: float
@@ -41,7 +44,15 @@ class Calibration:
 
     def __post_init__(self) -> None:
         low, high = self.color_range
-        numbers = [self.threshold, self.held_false_alarm_rate, low, high, self.held_out_mean, self.held_out_std]
+        numbers = [
+            self.threshold,
+            self.held_false_alarm_rate,
+            self.pixel_threshold,
+            low,
+            high,
+            self.held_out_mean,
+            self.held_out_std,
+        ]
         if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers):
             raise UniadFastError(f"the figures of good images are not all finite numbers: {self}")
         if low > high or not 0 <= self.held_false_alarm_rate <= 1 or self.held_out_images < 1:
@@ -64,16 +75,20 @@ def calibrate(pipeline: Pipeline, tokens: NDArray, image_score: str, false_alarm
     """
     step = max(1, len(tokens) // _COLOR_IMAGES)
     scores: list[float] = []
+    highest: list[float] = []
     picked: list[Tensor] = []
     for number, batch in enumerate(batches(tokens)):
         maps = to_maps(pipeline.score_maps(batch), pipeline.image_size).cpu()
         scores += image_scores(maps, image_score).tolist()
+        highest += maps.amax(dim=(1, 2)).tolist()
         picked.append(maps[-number * _BATCH % step :: step].clone())
     threshold, held_rate = threshold_for(scores, false_alarm_rate)
     # Good pixels stay in the lower half of the colours: the range goes twice as far as nearly all of them do.
     typical, high = (float(q) for q in np.quantile(torch.cat(picked).numpy(), (0.5, 0.999)))
     color_range = (typical, typical + 2 * (high - typical))
-    return Calibration(threshold, held_rate, color_range, len(scores), float(np.mean(scores)), float(np.std(scores)))
+    pixel_threshold, _ = threshold_for(highest, false_alarm_rate)
+    figures = (len(scores), float(np.mean(scores)), float(np.std(scores)))
+    return Calibration(threshold, held_rate, pixel_threshold, color_range, *figures)
 
 
 def threshold_for(good_scores: Sequence[float], false_alarm_rate: float) -> tuple[float, float]:

@@ -26,9 +26,8 @@ from .calibration import Calibration, calibrate
 from .fitting import fit_residual_score, new_backbone, new_model, new_pipeline, train_pipeline
 from .good_images import GoodImages, good_samples, training_split
 from .pipeline import Pipeline
-from .prediction import Prediction
+from .prediction import Prediction, judge_maps
 from .public_config import read_config
-from .residual_score import image_scores
 from .settings import DetectorSettings
 from .trained import Trained, load_trained, save_trained
 
@@ -239,29 +238,24 @@ class AnomalyDetector:
             return self.predict([images])[0]
         predictions: list[Prediction] = []
         for start in range(0, len(images), _BATCH):
-            some = images[start : start + _BATCH]
-            batch = torch.stack([to_tensor(as_image(image), self.settings.image_size) for image in some])
-            predictions += self.judge(self.pipeline(batch))
+            some = [as_image(image) for image in images[start : start + _BATCH]]
+            batch = torch.stack([to_tensor(image, self.settings.image_size) for image in some])
+            predictions += self.judge(self.pipeline(batch), sizes=[(image.height, image.width) for image in some])
         for number, prediction in enumerate(predictions):
             if not math.isfinite(prediction.score):
                 raise UniadFastError(f"the score of image {number} is {prediction.score}: no label can be given to it")
         return predictions
 
-    def judge(self, maps: Tensor, threshold: float | None = None) -> list[Prediction]:
-        """What anomaly maps [B, S, S] say of their images.
-
-        A score that is not finite has the label None: it is neither good nor defective, and for the caller to refuse.
+    def judge(
+        self, maps: Tensor, threshold: float | None = None, sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[Prediction]:
+        """What anomaly maps [B, S, S] say of their images; a score that is not finite is for the caller to refuse.
 
         Args:
             threshold: image score above which an image is defective; None takes the detector's own, if it has one.
+            sizes: (height, width) of each image in pixels; None for (S, S).
         """
-        if threshold is None and self._calibration is not None:
-            threshold = self._calibration.threshold
-        scores = image_scores(maps, self.settings.image_score).tolist()
-        return [
-            Prediction(score, None if threshold is None or not math.isfinite(score) else score > threshold, one)
-            for score, one in zip(scores, maps.cpu().numpy(), strict=True)
-        ]
+        return judge_maps(maps, self.settings.image_score, self._calibration, threshold, sizes)
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write a bundle: everything that `load` needs, the backbone too. Replaces a bundle, never another folder.

@@ -1,18 +1,64 @@
 """The verdict on one image."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from numpy.typing import NDArray
+from torch import Tensor
+
+from .calibration import Calibration
+from .regions import Region, find_regions
+from .residual_score import image_scores
 
 
-class Prediction(NamedTuple):
-    """What the detector says of one image.
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the detector says of one image. Unpacks into score, label and anomaly map.
 
-    score: image score, higher is more anomalous. label: True when the score is above the threshold, None where a
-    detector has none (see `AnomalyDetector.calibrate`), or where the score is not finite.
-    anomaly_map: float32 [image_size, image_size], a score for every pixel of the image as the network saw it.
+    Attributes:
+        score: image score, higher is more anomalous.
+        label: True when the score is above the threshold, None where a detector has none (see
+            `AnomalyDetector.calibrate`), or where the score is not finite.
+        anomaly_map: float32 [image_size, image_size], a score for every pixel of the image as the network saw it.
+        regions: places where the map is above the detector's pixel threshold, in pixels of the upright image, the worst
+            first; none for a detector without a threshold. A good image has one as seldom as it is called defective,
+            but the two verdicts are apart: the label is the score's.
     """
 
     score: float
     label: bool | None
     anomaly_map: NDArray
+    regions: tuple[Region, ...] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.score, self.label, self.anomaly_map))
+
+
+def judge_maps(
+    maps: Tensor,
+    image_score: str,
+    calibration: Calibration | None,
+    threshold: float | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
+) -> list[Prediction]:
+    """What anomaly maps [B, S, S] say of their images.
+
+    Args:
+        image_score: one of `uniad_fast.detect.residual_score.IMAGE_SCORES`.
+        calibration: of the detector, if it has one.
+        threshold: instead of the calibration's.
+        sizes: (height, width) of each image in pixels; None for (S, S).
+    """
+    if threshold is None and calibration is not None:
+        threshold = calibration.threshold
+    if sizes is None:
+        sizes = [(maps.shape[1], maps.shape[2])] * len(maps)
+    predictions = []
+    for score, one, size in zip(image_scores(maps, image_score).tolist(), maps.cpu().numpy(), sizes, strict=True):
+        finite = math.isfinite(score)
+        label = score > threshold if finite and threshold is not None else None
+        regions = find_regions(one, calibration.pixel_threshold, size) if finite and calibration is not None else ()
+        predictions.append(Prediction(score, label, one, regions))
+    return predictions

@@ -20,7 +20,7 @@ from .decisions import Decisions, Outcome
 from .evaluation import COLUMNS, Evaluation
 
 _WORST = 5
-SCORE_FIELDS = ("image", "score", "label", "threshold", "heat_map")
+SCORE_FIELDS = ("image", "score", "label", "threshold", "heat_map", "regions")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -151,8 +151,9 @@ class ScoreFiles:
         return self
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Write one image's row to both."""
-        self._write(0, _csv_line([row[name] for name in SCORE_FIELDS]))
+        """Write one image's row to both; its regions are a list in the JSON lines, and their number in the CSV."""
+        counted = dict(row) | {"regions": len(row["regions"])}
+        self._write(0, _csv_line([counted[name] for name in SCORE_FIELDS]))
         self._write(1, json.dumps(dict(row), allow_nan=False) + "\n")
 
     def __exit__(self, *_: object) -> None:

@@ -72,7 +72,7 @@ def score_files(
             if batch.used:
                 tokens = pipeline.tokens(batch.images)
                 score_maps = pipeline.score_maps(tokens)
-                predictions = detector.judge(to_maps(score_maps, size), threshold)
+                predictions = detector.judge(to_maps(score_maps, size), threshold, batch.sizes)
                 numbers = [start + position for position in batch.used]
                 pictures = batch.pictures if keep_pictures else [None] * len(numbers)
                 scored = zip(numbers, [paths[n] for n in numbers], pictures, predictions, score_maps.cpu(), strict=True)

@@ -81,6 +81,7 @@ def write_scores(
     threshold: float,
     *,
     heat_maps: bool = True,
+    min_area: float = 0,
     batch_size: int = BATCH,
     quiet: bool = False,
 ) -> Scored:
@@ -91,6 +92,7 @@ def write_scores(
     Args:
         named: as `name_images` gives them.
         threshold: image score above which an image is defective.
+        min_area: pixels that a region must have to be listed.
 
     Raises:
         Stopped: a signal asked for it; what is done is written.
@@ -116,6 +118,7 @@ def write_scores(
                     "label": int(bool(prediction.label)),
                     "threshold": threshold,
                     "heat_map": drawn,
+                    "regions": [region.to_json() for region in prediction.regions if region.area >= min_area],
                 }
                 files.add(row)
                 found.rows.append(row)
