@@ -162,7 +162,9 @@ def test_demo(tmp_path, cache):
     output = call("demo", "-o", tmp_path, *options)
     assert re.search(r"^mono +\d\.\d{3}", output, re.M) and re.search(r"^mean +\d\.\d{3}", output, re.M)
     assert len(list((tmp_path / "heatmaps").glob("*.png"))) == 8
-    assert {p.name for p in tmp_path.iterdir()} == {"bundle", "heatmaps", "metrics.csv", "metrics.json", "scores.csv"}
+    assert "at the threshold" in output and "found, " in output
+    files = {"metrics.csv", "metrics.json", "decisions.csv", "scores.csv"}
+    assert {p.name for p in tmp_path.iterdir()} == {"bundle", "heatmaps", *files}
     call("demo", "-o", tmp_path, *options)  # once more over the old one
 
 
@@ -179,6 +181,6 @@ def test_doctor():
         assert part in output
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "score", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["train", "eval", "score", "calibrate", "demo", "doctor"])
 def test_help(command):
     assert "Usage" in call(command, "--help")

@@ -53,6 +53,8 @@ def demo(
     written = results.write_evaluation(evaluation, output)
     pictures = picture_most_defective(detector, evaluation, output / "heatmaps")
     say("\n" + results.evaluation_table(evaluation) + "\n")
+    if evaluation.decisions is not None:
+        say(results.decisions_table(evaluation.decisions) + "\n")
     for path in written:
         say(f"wrote {path}")
     say(f"wrote {len(pictures)} heat maps of the most defective cells to {output / 'heatmaps'}")
