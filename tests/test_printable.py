@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import run_command
 
-from uniad_fast.models.uniad import save_reconstructions
+from uniad_fast.detect.reconstructions import save_reconstructions
 from uniad_fast.printable import file_name, printable, table_cell
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from uniad_fast import UniAD
-from uniad_fast.models.uniad import save_reconstructions
+from uniad_fast.detect.reconstructions import save_reconstructions
 from uniad_fast.testing import PublicUniAD
 
 GRID = (5, 6)

@@ -15,8 +15,6 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 _PARTIAL = re.compile(r"\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.partial$")
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _NAME_BYTES = 150  # of a name in another: file systems take 255
@@ -91,6 +89,8 @@ def locked(path: str | os.PathLike, wait: bool = True) -> Iterator[bool]:
 
     Where another process has it: waits for it, or without `wait` gives False. It is let go when its process dies.
     """
+    from filelock import FileLock, Timeout  # whose import takes as long as this package's own
+
     lock = FileLock(path, mode=0o666)
     try:
         lock.acquire(timeout=-1 if wait else 0)

@@ -1,11 +1,9 @@
 """How good a detector is on a labelled test set, per class and on average."""
 
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,12 +12,12 @@ from numpy.typing import NDArray
 from ..data.images import UnreadableImage
 from ..data.masks import read_mask
 from ..data.samples import DataError, Sample
-from ..models.uniad import save_reconstructions
 from ..printable import printable
 from .decisions import Decisions, decide
 from .detector import AnomalyDetector
 from .metrics import DETECTION, LOCALISATION, detection_metrics, localisation_metrics, mean_of_defined
 from .pipeline import to_maps
+from .reconstructions import Reconstructions
 from .score_files import score_files
 
 COLUMNS = tuple(f"image_{name}" for name in DETECTION) + tuple(f"pixel_{name}" for name in LOCALISATION)
@@ -66,7 +64,7 @@ def evaluate(
         Stopped: a signal asked for it.
     """
     scored = _Scored()
-    reconstructions = _Reconstructions(detector, reconstructions_dir)
+    reconstructions = Reconstructions(detector, reconstructions_dir)
     for batch in score_files(detector, [sample.path for sample in samples], quiet=quiet):
         scored.unreadable += batch.unreadable
         scored.unreadable += reconstructions.save([samples[image.number] for image in batch.images], batch.tokens)
@@ -131,37 +129,6 @@ def _measure(detector: AnomalyDetector, name: str, scored: _Scored) -> tuple[dic
         notes += [f"pixel metrics: {found.undefined}"] if found.undefined else []
     values = {f"image_{metric}": value for metric, value in image.values.items()}
     return values | {f"pixel_{metric}": value for metric, value in pixel.items()}, notes
-
-
-class _Reconstructions:
-    """Reconstructed feature maps on disk, if they are asked for."""
-
-    def __init__(self, detector: AnomalyDetector, directory: str | os.PathLike | None) -> None:
-        self._detector = detector
-        self._directory = directory
-        self._names: dict[tuple[str, str, str], Path] = {}
-
-    def save(self, samples: list[Sample], tokens: torch.Tensor) -> list[str]:
-        """Write those of images with features [len(samples), N, C]; a message for each that can't be written."""
-        if self._directory is None or not samples:
-            return []
-        problems = []
-        for sample, one in zip(samples, self._detector.pipeline.reconstruction(tokens).split(1), strict=True):
-            try:
-                file = _name_once(sample, self._names)
-                save_reconstructions(one, [sample.class_name], [file], self._directory)
-            except OSError as error:
-                problems.append(f"{printable(sample.path)}: reconstruction not written ({error.strerror})")
-        return problems
-
-
-def _name_once(sample: Sample, names: dict[tuple[str, str, str], Path]) -> str:
-    """The sample's file, for `save_reconstructions` to name its own after, told apart from others of its name."""
-    name = (sample.class_name, sample.path.parent.name, sample.path.stem)
-    if names.setdefault(name, sample.path) == sample.path:
-        return str(sample.path)
-    digest = hashlib.sha256(os.fsencode(sample.path)).hexdigest()[:8]
-    return str(sample.path.with_name(f"{sample.path.stem}-{digest}{sample.path.suffix}"))
 
 
 class _MapsAndMasks:

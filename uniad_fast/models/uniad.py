@@ -1,18 +1,13 @@
 """UniAD: reconstruct a frozen feature map, score where the reconstruction fails (paper, section 3)."""
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..files import atomic_path
 from ..ops.geometry import Size, size_pair
 from ..ops.jitter_project import jitter_project
-from ..printable import file_name
 from .initializers import initialize
 from .layers import LayerOptions
 from .position import position_embedding
@@ -35,7 +30,7 @@ class UniAD(Reconstructor):
             the encoder, to the decoder's first and to its second attention; None for full attention.
         hidden_dim: width C of the transformer.
         pos_embed_type: "learned" or "sine".
-        save_recon: {"save_dir"} or None, kept for the caller: see `save_reconstructions`.
+        save_recon: {"save_dir"} or None, kept for the caller: see `uniad_fast.detect.reconstructions`.
         initializer: {"method", ...} as in `uniad_fast.models.initializers`; None is {"method": "normal", "std": 0.01}.
         nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout, activation, normalize_before:
             of the transformer.
@@ -116,26 +111,6 @@ class UniAD(Reconstructor):
             return jitter_project(tokens, self.input_proj.weight, self.input_proj.bias, **noise)
         identity = torch.eye(self.inplanes, dtype=tokens.dtype, device=tokens.device)
         return self.input_proj(jitter_project(tokens, identity, **noise))
-
-
-def save_reconstructions(
-    feature_rec: Tensor, class_names: Sequence[str], filenames: Sequence[str], save_dir: str | os.PathLike
-) -> None:
-    """What the public code's forward does under `save_recon`, for the caller to do: one .npy an image.
-
-    Args:
-        feature_rec: [B, C_org, H, W].
-        class_names, filenames: of the B images. DIR/KIND/IMAGE.png is written to save_dir/CLASS/KIND/IMAGE.npy, where
-            names that are no file names are replaced (see `uniad_fast.printable.file_name`).
-        save_dir: made if missing.
-    """
-    for class_name, filename, reconstruction in zip(class_names, filenames, feature_rec, strict=True):
-        image = Path(filename)
-        kind = file_name(image.parent.name) if image.parent.name else ""
-        target = Path(save_dir, file_name(class_name), kind, file_name(image.stem) + ".npy")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(target) as partial, open(partial, "wb") as file:
-            np.save(file, reconstruction.detach().float().cpu().numpy())
 
 
 def _get(config: Any, name: str) -> Any:
