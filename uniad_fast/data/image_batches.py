@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..printable import printable
-from .images import UnreadableImage, decode, pixels_of, read_bytes, to_tensor
+from .images import ImageLike, UnreadableImage, as_image, decode, pixels_of, read_bytes, to_tensor
 
 BATCH = 32
 _PIXELS_AT_A_TIME = 64_000_000  # of decoded images: 192 MB
@@ -30,9 +29,10 @@ class Failure:
     reason: str
     passing: bool = False
 
-    def message(self, paths: Sequence[Path]) -> str:
-        """For the list of paths that the position is in."""
-        return f"{printable(paths[self.position])}: {self.reason}"
+    def message(self, images: Sequence[ImageLike]) -> str:
+        """For the list of images that the position is in."""
+        image = images[self.position]
+        return f"{printable(image)}: {self.reason}" if isinstance(image, (str, os.PathLike)) else self.reason
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class _Read(NamedTuple):
 
 
 def read_batches(
-    paths: Sequence[Path],
+    images: Sequence[ImageLike],
     image_size: int,
     batch_size: int = BATCH,
     *,
@@ -72,6 +72,7 @@ def read_batches(
     """Read the images in order, the next batch while the caller works on the last.
 
     Args:
+        images: files, or what is in memory already, see `as_image`.
         digests: the SHA-256 that each file should have; one that has another has changed meanwhile, and is a failure.
         keep_pictures: give the decoded images too. Where they are large, a batch has fewer, and less is read ahead,
             so that memory stays bounded.
@@ -79,17 +80,15 @@ def read_batches(
     gate = _Gate(_PIXELS_AT_A_TIME)
 
     def read(index: int) -> _Read | Failure:
-        path, pixels = paths[index], 0
+        path, pixels = images[index], 0
         try:
+            if not isinstance(path, (str, os.PathLike)):
+                return _decoded(as_image(path), image_size, keep_pictures, 0)
             content = read_bytes(path)
             if digests is not None and hashlib.sha256(content).hexdigest() != digests[index]:
                 return Failure(0, "it changed while it was being read", passing=True)
             pixels = gate.enter(index, pixels_of(content)) if keep_pictures else 0
-            image = decode(content, path)
-            kept = image if keep_pictures else None
-            return _Read(
-                to_tensor(image, image_size), (image.height, image.width), kept, image.info.get("note"), pixels
-            )
+            return _decoded(decode(content, path), image_size, keep_pictures, pixels)
         except UnreadableImage as error:
             gate.leave(pixels)
             # What was unreadable from the start is known by its digest, which then is none.
@@ -97,11 +96,11 @@ def read_batches(
             return Failure(0, str(error).removeprefix(f"{printable(path)}: "), passing)
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        waiting = iter(range(len(paths)))
+        waiting = iter(range(len(images)))
         ahead = deque(pool.submit(read, index) for index in islice(waiting, batch_size))
         done = 0
         try:
-            while done < len(paths):
+            while done < len(images):
                 results: list[_Read | Failure] = []
                 held = 0
                 while len(results) < batch_size and ahead and held < _PIXELS_AT_A_TIME:
@@ -116,6 +115,11 @@ def read_batches(
             gate.open()
             for future in ahead:  # a caller that has had enough does not wait for what was read ahead
                 future.cancel()
+
+
+def _decoded(image: Image.Image, image_size: int, keep: bool, pixels: int) -> _Read:
+    size, note = (image.height, image.width), image.info.get("note")
+    return _Read(to_tensor(image, image_size), size, image if keep else None, note, pixels)
 
 
 def _batch(results: Sequence[_Read | Failure], image_size: int) -> ImageBatch:

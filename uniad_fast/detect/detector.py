@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.feature_cache import Features, cached_features
-from ..data.images import ImageLike, as_image, to_tensor
+from ..data.image_batches import read_batches
+from ..data.images import ImageLike, UnreadableImage
 from ..data.samples import DataError, Sample
 from ..errors import UniadFastError
 from ..models.backbone import Backbone
@@ -31,7 +32,6 @@ from .public_config import read_config
 from .settings import DetectorSettings
 from .trained import Trained, load_trained, save_trained
 
-_BATCH = 32
 _NOT_CALIBRATED = "this detector has no threshold: call calibrate() with good images"
 _NOT_TRAINED = "this detector is not trained: call fit(), or AnomalyDetector.load()"
 
@@ -237,10 +237,10 @@ class AnomalyDetector:
         if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
             return self.predict([images])[0]
         predictions: list[Prediction] = []
-        for start in range(0, len(images), _BATCH):
-            some = [as_image(image) for image in images[start : start + _BATCH]]
-            batch = torch.stack([to_tensor(image, self.settings.image_size) for image in some])
-            predictions += self.judge(self.pipeline(batch), sizes=[(image.height, image.width) for image in some])
+        for batch in read_batches(images, self.settings.image_size):
+            if batch.failures:
+                raise UnreadableImage(batch.failures[0].message(images[len(predictions) :]))
+            predictions += self.judge(self.pipeline(batch.images), sizes=batch.sizes)
         for number, prediction in enumerate(predictions):
             if not math.isfinite(prediction.score):
                 raise UniadFastError(f"the score of image {number} is {prediction.score}: no label can be given to it")
