@@ -41,7 +41,7 @@ class Trial:
         seed: of initial values, batch order and noise.
         class_name: the one class trained and tested on (the separate setting); None is all in one model (unified).
         every: epochs between two evaluations; the first epoch and the last are evaluated too.
-        scores: how residuals are scored, of `uniad_fast.scoring.RESIDUAL_SCORES`.
+        scores: how residuals are scored, of `RESIDUAL_SCORES`.
         pictured: rows of the test set whose maps are kept.
     """
 
