@@ -125,11 +125,12 @@ def test_import_is_light():
 
 
 def test_import_takes_little_more_than_torch():
+    """A share of torch's own import, since machines and releases of Python differ: operators are registered in it."""
     code = (
-        "import time; import torch, torch.nn; start = time.process_time(); import uniad_fast; "
-        "print(time.process_time() - start)"
+        "import time; start = time.process_time(); import torch, torch.nn; between = time.process_time(); "
+        "import uniad_fast; print((time.process_time() - between) / (between - start))"
     )
-    assert min(float(run(code)) for _ in range(3)) < 0.1
+    assert min(float(run(code)) for _ in range(3)) < 0.15
 
 
 def test_it_works_without_triton():
