@@ -49,6 +49,7 @@ def test_in_place_and_what_can_not_be_done(bundle, made_up_classes, tmp_path):
     (tmp_path / "junk").mkdir()
     (tmp_path / "junk/a.png").write_text("no image")
     assert "needs a readable good image" in call("calibrate", tmp_path / "b", tmp_path / "junk", "-q", code=2)
+    assert "is not a folder: a bundle is" in call("calibrate", tmp_path / "junk/a.png", tmp_path / "junk", code=2)
     rate = ["--false-alarm-rate", 2]
     output = call("calibrate", tmp_path / "b", made_up_classes / "class0/train/good", *rate, "-q", code=2)
     assert "false_alarm_rate must be in (0, 1), got 2" in output

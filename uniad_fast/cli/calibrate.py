@@ -45,8 +45,8 @@ def calibrate(
     Exit code: 0 done, 2 an error, 3 done without some images that could not be read.
     """
     target = bundle if output is None else output
+    detector = AnomalyDetector.load(bundle, device)  # first: what is no bundle is blamed for that
     check_writable(target)
-    detector = AnomalyDetector.load(bundle, device)
     detector.cache_dir = cache
     dataset = load_dataset(data, image_root, detector.settings.seed, all_good)
     if not dataset.train:
