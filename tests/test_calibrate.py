@@ -3,6 +3,7 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 from conftest import call
 from safetensors.torch import load_file
@@ -31,9 +32,13 @@ def test_the_threshold_is_that_of_the_images_given(bundle, made_up_classes, tmp_
     )
     before, after = config_of(bundle), config_of(tmp_path / "b")
     scores = [p.score for p in AnomalyDetector.load(bundle).predict(sorted(good.iterdir()))]
-    assert after["calibration"]["threshold"] == pytest.approx(max(scores), rel=1e-5)
-    assert after["calibration"]["held_out_images"] == 4 and after["settings"]["false_alarm_rate"] == 0.3
-    assert f"it was {before['calibration']['threshold']:.4f}" in output and "at most 30.0% false alarms" in output
+    assert len(scores) == 4 and after["calibration"]["images"] == [0, 4, 0, 0, 0, 4]
+    assert after["settings"]["false_alarm_rate"] == 0.3
+    assert f"it was {before['calibration']['threshold']['value']:.4f}" in output and "from 4 of them" in output
+    raw = [before["calibration"]["scores"][name][1] for name in ("centers", "spreads")]
+    again = [after["calibration"]["scores"][name][1] for name in ("centers", "spreads")]
+    assert again[0] == pytest.approx(np.median(scores) * raw[1] + raw[0], rel=1e-3)
+    assert again[1] == pytest.approx(np.subtract(*np.quantile(scores, (0.75, 0.25))) / 1.349 * raw[1], rel=1e-3)
     for config in (before, after):
         del config["calibration"], config["settings"]["false_alarm_rate"], config["config_sha256"]
     assert before == after
@@ -45,7 +50,7 @@ def test_the_threshold_is_that_of_the_images_given(bundle, made_up_classes, tmp_
 def test_in_place_and_what_can_not_be_done(bundle, made_up_classes, tmp_path):
     call("calibrate", bundle, made_up_classes / "class0/train/good", "-o", tmp_path / "b", "--cache", tmp_path, "-q")
     call("calibrate", tmp_path / "b", made_up_classes / "class0/test/good", "--all-good", "--cache", tmp_path, "-q")
-    assert config_of(tmp_path / "b")["calibration"]["held_out_images"] == 4
+    assert config_of(tmp_path / "b")["calibration"]["images"][0] == 4
     (tmp_path / "junk").mkdir()
     (tmp_path / "junk/a.png").write_text("no image")
     assert "needs a readable good image" in call("calibrate", tmp_path / "b", tmp_path / "junk", "-q", code=2)
@@ -53,7 +58,7 @@ def test_in_place_and_what_can_not_be_done(bundle, made_up_classes, tmp_path):
     rate = ["--false-alarm-rate", 2]
     output = call("calibrate", tmp_path / "b", made_up_classes / "class0/train/good", *rate, "-q", code=2)
     assert "false_alarm_rate must be in (0, 1), got 2" in output
-    assert config_of(tmp_path / "b")["calibration"]["held_out_images"] == 4
+    assert config_of(tmp_path / "b")["calibration"]["images"][0] == 4
 
 
 def test_eval_says_what_happens_at_the_threshold(bundle, made_up_classes, tmp_path):
@@ -63,7 +68,7 @@ def test_eval_says_what_happens_at_the_threshold(bundle, made_up_classes, tmp_pa
     with open(tmp_path / "decisions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 10 and {row["kind"] for row in rows} == {"good", "square"}
-    threshold = AnomalyDetector.load(bundle).calibration.threshold
+    threshold = AnomalyDetector.load(bundle).calibration.threshold.value
     with open(tmp_path / "scores.csv", newline="") as file:
         scores = [row for row in csv.DictReader(file) if row["class"] == "class2" and row["kind"] == "square"]
     (row,) = (row for row in rows if row["class"] == "class2" and row["kind"] == "square")

@@ -43,6 +43,10 @@ def picture(made_up_classes):
     return made_up_classes / "class1/test/square/000.png"
 
 
+def image_tensor(path):
+    return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None] / 255
+
+
 def same(a: Prediction, b: Prediction, tolerance=1e-3) -> bool:
     return abs(a.score - b.score) < tolerance * abs(a.score) and np.allclose(a.anomaly_map, b.anomaly_map, rtol=1e-2)
 
@@ -51,7 +55,7 @@ def test_it_finds_and_locates_what_it_never_saw(detector, made_up_classes):
     evaluation = evaluate(detector, load_dataset(made_up_classes).test, quiet=True)
     assert sorted(evaluation.by_class) == [f"class{i}" for i in range(5)] and not evaluation.notes
     assert evaluation.mean["image_auroc"] > 0.8 and evaluation.mean["pixel_auroc"] > 0.8
-    assert detector.classes == sorted(evaluation.by_class)
+    assert detector.classes == tuple(sorted(evaluation.by_class))
 
 
 def test_predict_takes_every_kind_of_image(detector, picture):
@@ -61,7 +65,7 @@ def test_predict_takes_every_kind_of_image(detector, picture):
     one = detector.predict(picture)
     assert isinstance(one, Prediction) and isinstance(one.score, float) and isinstance(one.label, bool)
     assert one.anomaly_map.shape == (64, 64) and one.anomaly_map.dtype == np.float32
-    assert one.label == (one.score > detector.calibration.threshold)
+    assert one.label == (one.score > detector.calibration.threshold.value)
     for other in (str(picture), image, array, array / 255, tensor, tensor / 255):
         assert same(one, detector.predict(other))
     several = detector.predict([picture, image, array])
@@ -97,8 +101,12 @@ def test_other_scores(settings, made_up_classes, picture, image_score, tmp_path)
     options = settings | dict(image_score=image_score, residual_score="l2")
     detector = AnomalyDetector(**options).fit(made_up_classes, quiet=True)
     prediction = detector.predict(picture)
-    expected = prediction.anomaly_map.mean() if image_score == "mean" else prediction.anomaly_map.std(ddof=1)
-    assert prediction.score == pytest.approx(float(expected), rel=1e-4)
+    tokens = detector.pipeline.tokens(image_tensor(picture))
+    fields = detector.pipeline.fields_of(tokens)
+    raw = detector.pipeline.enlarge(detector.pipeline.score_maps(tokens, fields))[0]
+    expected = raw.mean() if image_score == "mean" else raw.flatten().std()
+    assert prediction.score == pytest.approx(detector.calibration.of_score(expected.item(), fields.item()), rel=1e-3)
+    assert prediction.class_name == [*detector.classes, None][fields.item()]
     detector.save(tmp_path / "b")
     assert same(prediction, AnomalyDetector.load(tmp_path / "b").predict(picture), 1e-6)
 
@@ -109,7 +117,7 @@ def test_relative_scores_and_patience(settings, made_up_classes, picture, tmp_pa
     detector = AnomalyDetector(**(settings | dict(recipe=recipe, residual_score="relative"))).fit(
         made_up_classes, quiet=True
     )
-    assert detector._training_log.splitlines()[-1].split(",")[1] == "1"  # the second epoch
+    assert detector.trained.training_log.splitlines()[-1].split(",")[1] == "1"  # the second epoch
     typical = detector.pipeline.residual_score.typical
     assert typical.shape == (4, 4) and typical.min() > 0 and typical.std() > 0
     detector.save(tmp_path / "b")
@@ -120,7 +128,7 @@ def test_relative_scores_and_patience(settings, made_up_classes, picture, tmp_pa
 
 def test_a_list_of_files_will_do(settings, made_up_classes):
     files = list_images(made_up_classes / "class0/train/good")
-    assert AnomalyDetector(**settings).fit(files, quiet=True).classes == ["unnamed"]
+    assert AnomalyDetector(**settings).fit(files, quiet=True).classes == ("unnamed",)
 
 
 def test_the_papers_score_is_the_l2_norm(settings, made_up_classes, picture):

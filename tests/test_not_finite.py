@@ -10,8 +10,10 @@ import torch
 from conftest import QUICK, run_command
 
 from uniad_fast import AnomalyDetector
-from uniad_fast.detect.calibration import Calibration, threshold_for
+from uniad_fast.detect.calibration import Calibration
 from uniad_fast.detect.residual_score import ResidualScore, whitening_of
+from uniad_fast.detect.scales import Scale
+from uniad_fast.detect.tail import Threshold, threshold_for
 from uniad_fast.errors import UniadFastError
 from uniad_fast.models.architecture import Architecture
 from uniad_fast.models.backbone import Backbone
@@ -93,24 +95,37 @@ def test_held_out_losses_features_and_residuals():
         threshold_for([1.0, NAN, 2.0], 0.1)
 
 
+SCALE = Scale((1.0, 2.0, 1.5), (0.1, 0.2, 0.3))
+THRESHOLD = dict(value=1.0, rate=0.1, interval=(0.05, 0.2), extrapolated=False)
 GOOD = dict(
-    threshold=1.0, held_false_alarm_rate=0.1, pixel_threshold=2.0, color_range=(0.0, 1.0), held_out_images=3,
-    held_out_mean=0.5, held_out_std=0.1,
+    threshold=Threshold(**THRESHOLD), pixel_threshold=2.0, color_range=(0.0, 1.0), scores=SCALE, maps=SCALE,
+    images=(3, 4, 7),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "change",
-    [dict(threshold=NAN), dict(pixel_threshold=NAN),
-      dict(threshold=INF), dict(threshold="x"), dict(threshold=True), dict(threshold=None),
+    [dict(pixel_threshold=NAN), dict(pixel_threshold="x"), dict(pixel_threshold=True), dict(pixel_threshold=None),
      dict(color_range=(0.0, NAN)), dict(color_range=(2.0, 1.0)), dict(color_range=("a", "b")),
-     dict(held_false_alarm_rate=2.0), dict(held_out_images=0), dict(held_out_mean=INF)],
+     dict(images=(0, 0, 0)), dict(images=(3, 4)), dict(images=(3, 4, -1)), dict(images=(3, 4, 7.0)),
+     dict(scores=Scale((1.0, NAN, 1.0), (1.0, 1.0, 1.0))), dict(maps=Scale((1.0, 1.0, 1.0), (1.0, 0.0, 1.0)))],
     ids=str,
 )  # fmt: skip
 def test_figures_of_good_images_are_finite(change):
     assert Calibration(**GOOD)
     with pytest.raises(UniadFastError):
         Calibration(**(GOOD | change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(value=NAN), dict(value=INF), dict(value="x"), dict(value=True), dict(value=None), dict(rate=2.0),
+     dict(rate=0.0), dict(interval=(0.3, 0.1)), dict(interval=(0.0, NAN)), dict(extrapolated=1)],
+    ids=str,
+)  # fmt: skip
+def test_figures_of_thresholds_are_finite(change):
+    with pytest.raises(UniadFastError):
+        Threshold(**(THRESHOLD | change))
 
 
 @pytest.mark.parametrize("threshold", ["nan", "inf", "-inf", "1e999"])
@@ -122,8 +137,8 @@ def test_thresholds_that_are_not_finite_are_refused_before_anything_is_done(bund
 def test_a_score_that_is_not_finite_is_an_error_and_no_label(bundle, made_up_classes, tmp_path, monkeypatch):
     forward = ResidualScore.forward
 
-    def spoilt(self, residual):
-        score_maps = forward(self, residual)
+    def spoilt(self, residual, fields=None):
+        score_maps = forward(self, residual, fields)
         score_maps[0] = NAN
         return score_maps
 
@@ -155,7 +170,7 @@ def test_an_evaluation_leaves_such_scores_out_by_name(bundle, made_up_classes, t
 
 def test_a_detector_that_is_not_finite_is_not_saved(bundle, tmp_path):
     detector = AnomalyDetector.load(bundle)
-    detector.pipeline.residual_score.whitening[0, 0] = NAN
+    detector.pipeline.residual_score.gaussians.whitening[0, 0, 0] = NAN
     with pytest.raises(UniadFastError, match="whitening is not finite"):
         detector.save(tmp_path / "b")
     assert not (tmp_path / "b").exists()

@@ -61,8 +61,8 @@ def test_an_image_that_goes_or_can_not_be_drawn_costs_its_own_row_alone(bundle, 
 
 def test_both_defects_and_unreadable_images(bundle, photos, tmp_path):
     (photos / "junk.png").write_text("junk")
-    output = call("score", bundle, photos, "-o", tmp_path / "o", "--threshold", 0, "-q", code=3)
-    assert output.rstrip().endswith("4 of 4 images are defective (score above 0.0000); 1 could not be read")
+    output = call("score", bundle, photos, "-o", tmp_path / "o", "--threshold", -1e9, "-q", code=3)
+    assert output.rstrip().endswith("4 of 4 images are defective (score above -1000000000.0000); 1 could not be read")
     assert all(row["label"] == 1 for row in rows(tmp_path / "o"))
 
 
@@ -72,7 +72,7 @@ def test_nothing_readable_is_an_error(bundle, tmp_path):
 
 
 def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
-    row = dict(zip(report.SCORE_FIELDS, ("a.png", 1.0, 0, 2.0, None, []), strict=True))
+    row = dict(zip(report.SCORE_FIELDS, ("a.png", "cup", 1.0, 0, 2.0, None, []), strict=True))
     with pytest.raises(OSError, match="No space"), report.ScoreFiles(tmp_path) as out:
         out.add(row)
         wrapped = out._files[1]

@@ -21,6 +21,9 @@ from uniad_fast.data.feature_cache import cached_features
 from uniad_fast.detect.calibration import Calibration
 from uniad_fast.detect.fitting import new_model, new_pipeline
 from uniad_fast.detect.public_config import ConfigError, read_config
+from uniad_fast.detect.scales import Scale
+from uniad_fast.detect.tail import Threshold
+from uniad_fast.detect.trained import Recognition, Trained
 from uniad_fast.errors import UniadFastError
 from uniad_fast.interop import checkpoints as weights
 from uniad_fast.models.architecture import Architecture
@@ -43,9 +46,11 @@ def _detector() -> AnomalyDetector:
     architecture = Architecture(hidden_dim=8, nhead=2, num_encoder_layers=1, num_decoder_layers=1, dim_feedforward=8)
     detector = AnomalyDetector("resnet10t", 32, out_indices=(1, 2), architecture=architecture, device="cpu")
     model = new_model(detector.settings, frozen, frozen.feature_size(32), None)
-    detector._pipeline = new_pipeline(detector.settings, frozen, model).eval()
-    detector._calibration = Calibration(3.5, 0.1, 4.5, (0.0, 2.0), 9, 2.0, 0.5)
-    detector.classes = ["cup"]
+    pipeline = new_pipeline(detector.settings, frozen, model, 2).eval()
+    scale = Scale((3.0, 4.0, 5.0), (1.0, 1.0, 2.0))
+    calibration = Calibration(Threshold(3.5, 0.1, (0.05, 0.2), False), 4.5, (0.0, 2.0), scale, scale, (9, 3, 12))
+    recognition = Recognition(12, 0, 1)
+    detector._trained = Trained(detector.settings, pipeline, calibration, ("cup", "lid"), recognition, {"torch": "2"})
     return detector
 
 

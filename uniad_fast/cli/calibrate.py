@@ -52,7 +52,7 @@ def calibrate(
     if not dataset.train:
         raise DataError(f"{data} has no good image to set a threshold from")
     show_data(dataset)
-    before = detector.calibration.threshold if detector.is_calibrated else None
+    before = detector.calibration.threshold.value if detector.is_calibrated else None
     detector.calibrate(dataset, false_alarm_rate=false_alarm_rate, quiet=quiet)
     detector.save(target)
     was = "it had none" if before is None else f"it was {before:.4f}"

@@ -90,5 +90,5 @@ def _described(detector: AnomalyDetector) -> str:
     padding = f", padded for {backbone.padded_for} pixels" if backbone.padded_for else ""
     what = f"{backbone.name}{padding}, {height} x {width} tokens, {pipeline.image_size} pixels\n"
     if detector.is_calibrated:
-        return what + f"threshold {detector.calibration.threshold:.4f}"
+        return what + f"threshold {detector.calibration.threshold.value:.4f}"
     return what + "it has no threshold: give good images with --good, or score with --threshold"

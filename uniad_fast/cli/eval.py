@@ -1,7 +1,7 @@
 """uniad-fast eval: how good a bundle is on labelled test images."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,6 +18,7 @@ from .options import (
     ImageRoot,
     MaxPixels,
     Quiet,
+    Roi,
     check_folder,
     list_problems,
     say,
@@ -35,6 +36,10 @@ def evaluate_command(
     save_reconstructions: Annotated[
         Path | None, typer.Option(help="Folder for the reconstructed feature maps, one .npy an image.")
     ] = None,
+    class_from: Annotated[
+        Literal["image", "data"], typer.Option(help="image: the class is recognized, as in use. data: it is told.")
+    ] = "image",
+    roi: Roi = None,
     seed: Annotated[
         int | None,
         typer.Option(min=0, max=2**63 - 1, help="Of the split, where data bring none. Default: the bundle's."),
@@ -55,7 +60,15 @@ def evaluate_command(
     if not dataset.test:
         raise DataError(f"{data} has no test images")
     show_data(dataset)
-    evaluation = evaluate(detector, dataset.test, reconstructions_dir=save_reconstructions, quiet=quiet)
+    if roi is not None:
+        detector.look_at(roi)
+    evaluation = evaluate(
+        detector,
+        dataset.test,
+        class_from_data=class_from == "data",
+        reconstructions_dir=save_reconstructions,
+        quiet=quiet,
+    )
     written = results.write_evaluation(evaluation, output) if output is not None else []
     say(results.evaluation_table(evaluation))
     if evaluation.decisions is not None:

@@ -29,7 +29,7 @@ _REPORT = "This is a fault of uniad_fast, not of yours: please report it with th
 
 RecipeName = Literal["fast", "paper"]
 ImageScore = Literal["max", "mean", "std"]
-ResidualScore = Literal["l2", "whitened", "relative"]
+ResidualScore = Literal["l2", "whitened", "relative", "gaussian"]
 
 DataArgument = Annotated[
     str,
@@ -50,6 +50,7 @@ CacheDirectory = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Images at a time.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of everything that is drawn.")]
+Roi = Annotated[Path | None, typer.Option(metavar="MASK", help="Picture that is black where images are not looked at.")]
 FalseAlarmRate = Annotated[float, typer.Option(help="Share of good images that may be called defective.")]
 
 
@@ -152,11 +153,26 @@ def check_folder(folder: Path | None) -> None:
 
 def threshold_sentence(detector: AnomalyDetector) -> str:
     """The threshold, where it comes from, and what it promises."""
-    calibration, asked = detector.calibration, detector.settings.false_alarm_rate
-    held = calibration.held_false_alarm_rate
-    sentence = (
-        f"threshold {calibration.threshold:.4f} from {calibration.held_out_images} held-out good images, "
-        f"at most {held:.1%} false alarms"
+    calibration = detector.calibration
+    threshold = calibration.threshold
+    low, high = threshold.interval
+    how = (
+        "too few to show it: estimated from how their scores thin out" if threshold.extrapolated
+        else "as their own scores show"
+    )  # fmt: skip
+    return (
+        f"threshold {threshold.value:.3f} standard deviations above what good images have, from "
+        f"{calibration.good_images} of them: {threshold.rate:.1%} false alarms ({low:.1%} to {high:.1%} with 95% "
+        f"confidence; {how})"
     )
-    few = f"\n(too few held-out images to promise the {asked:.1%} asked for)"
-    return sentence + (few if held > asked else "")
+
+
+def recognition_sentence(detector: AnomalyDetector) -> str | None:
+    """How well classes are told apart, where there are several."""
+    found = detector.trained.recognition
+    if found is None or not found.images:
+        return None
+    return (
+        f"classes are recognized: of {found.images} good images, held out in turns, {found.wrong} were taken for "
+        f"another class and {found.unsure} for none"
+    )

@@ -2,16 +2,28 @@
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from ..data.samples import DataError
 from ..detect.detector import AnomalyDetector
-from ..detect.score_outputs import name_images, write_scores
+from ..detect.score_outputs import NamedImage, Scored, name_images, with_classes_of_folders, write_scores
 from ..errors import UniadFastError
 from ..printable import printable
-from .options import DEFECTIVE, ERROR, INCOMPLETE, BatchSize, Device, MaxPixels, Quiet, check_folder, list_problems, say
+from .options import (
+    DEFECTIVE,
+    ERROR,
+    INCOMPLETE,
+    BatchSize,
+    Device,
+    MaxPixels,
+    Quiet,
+    Roi,
+    check_folder,
+    list_problems,
+    say,
+)
 
 
 def score(
@@ -19,6 +31,14 @@ def score(
     images: Annotated[list[str], typer.Argument(help="Image files, and folders of them.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for scores.csv, scores.jsonl and heatmaps/.")],
     threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's.")] = None,
+    class_name: Annotated[
+        str | None, typer.Option("--class", metavar="NAME", help="Of all images. Default: it is recognized.")
+    ] = None,
+    class_from: Annotated[
+        Literal["image", "folder"],
+        typer.Option(help="image: the class is recognized. folder: a folder above the image is named after it."),
+    ] = "image",
+    roi: Roi = None,
     heat_maps: Annotated[bool, typer.Option(help="Write a heat map for each image.")] = True,
     min_area: Annotated[float, typer.Option(min=0, help="Smallest region to list, in pixels of the image.")] = 0,
     batch_size: BatchSize = 16,
@@ -35,6 +55,8 @@ def score(
         raise UniadFastError(f"--threshold must be a finite number, got {threshold}")
     if "" in images:
         raise DataError("the name of an image is empty")
+    if class_name is not None and class_from == "folder":
+        raise UniadFastError("--class says the class of all images: give it, or --class-from folder")
     check_folder(output)
     detector = AnomalyDetector.load(bundle, device)
     if not detector.is_calibrated and (heat_maps or threshold is None):
@@ -42,21 +64,45 @@ def score(
             f"{bundle} has no threshold and no colours: convert it with --good GOOD_IMAGES, "
             "or give --threshold and --no-heat-maps"
         )
-    limit = detector.calibration.threshold if threshold is None else threshold
-    named, notes = name_images([Path(image) for image in images], output)
+    limit = detector.calibration.threshold.value if threshold is None else threshold
+    if roi is not None:
+        detector.look_at(roi)
+    named, notes = _named(detector, images, output, class_name, class_from)
     found = write_scores(
         detector, named, output, limit, heat_maps=heat_maps, min_area=min_area, batch_size=batch_size, quiet=quiet
     )
+    _report(found, notes, output, limit, len(named))
+    if found.not_finite:
+        raise typer.Exit(ERROR)
+    if found.unreadable or found.not_drawn:
+        raise typer.Exit(INCOMPLETE)
+    raise typer.Exit(DEFECTIVE if found.defective else 0)
+
+
+def _named(
+    detector: AnomalyDetector, images: list[str], output: Path, class_name: str | None, class_from: str
+) -> tuple[list[NamedImage], list[str]]:
+    """The images with what is told of their classes, and remarks."""
+    named, notes = name_images([Path(image) for image in images], output)
+    if class_name is not None:
+        detector.trained.class_number(class_name)
+        named = [one._replace(class_name=class_name) for one in named]
+    elif class_from == "folder":
+        named, unknown = with_classes_of_folders(named, detector.classes)
+        notes += unknown
+    return named, notes
+
+
+def _report(found: Scored, notes: list[str], output: Path, limit: float, named: int) -> None:
     for note in notes:
         say(f"note: {note}", err=True)
     list_problems("note", found.notes)
     if not found.rows and not found.not_finite:
-        raise DataError(
-            f"none of {len(named)} images could be read" + "".join(f"\n  {m}" for m in found.unreadable[:20])
-        )
+        raise DataError(f"none of {named} images could be read" + "".join(f"\n  {m}" for m in found.unreadable[:20]))
     rows_by_score = sorted(found.rows, key=lambda row: -row["score"])
     for row in rows_by_score[:20]:
-        say(f"{row['score']:10.4f}  {'DEFECTIVE' if row['label'] else 'good':9}  {printable(row['image'])}")
+        verdict = "DEFECTIVE" if row["label"] else "good"
+        say(f"{row['score']:10.4f}  {verdict:9}  {printable(row['class'] or '?')}  {printable(row['image'])}")
     if len(found.rows) > 20:
         say(f"... and {len(found.rows) - 20} more with lower scores")
     for name in ("scores.csv", "scores.jsonl"):
@@ -68,8 +114,3 @@ def score(
     for messages, what in ((found.unreadable, "could not be read"), (found.not_finite, "have no finite score")):
         last += f"; {len(messages)} {what}" if messages else ""
     say(last)
-    if found.not_finite:
-        raise typer.Exit(ERROR)
-    if found.unreadable or found.not_drawn:
-        raise typer.Exit(INCOMPLETE)
-    raise typer.Exit(DEFECTIVE if found.defective else 0)

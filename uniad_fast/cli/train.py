@@ -29,19 +29,26 @@ from .options import (
     Quiet,
     RecipeName,
     ResidualScore,
+    Roi,
     Seed,
     finish,
     list_problems,
+    recognition_sentence,
     say,
     show_data,
     threshold_sentence,
 )
 
+_THE_BUNDLE_S = (
+    "recipe", "epochs", "backbone", "backbone_weights", "image_size", "residual_score", "image_score",
+    "false_alarm_rate", "held_out", "seed",
+)  # fmt: skip
 _TRAINING, _LOCK = "uniad_fast training", "lock"
 _IN_TRAINING = {_TRAINING, _LOCK, "checkpoint.pt", "log.csv"}
 
 
 def train(
+    context: typer.Context,
     data: DataArgument,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Folder to write the trained detector to.")
@@ -63,6 +70,11 @@ def train(
     ] = "max",
     false_alarm_rate: FalseAlarmRate = 0.01,
     held_out: Annotated[float, typer.Option(help="Share of the good images kept back to set the threshold.")] = 0.1,
+    roi: Roi = None,
+    add_to: Annotated[
+        Path | None,
+        typer.Option(metavar="BUNDLE", help="Go on from this bundle; DATA has its classes and new ones."),
+    ] = None,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of this command.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw an interrupted run away.")] = False,
@@ -80,19 +92,26 @@ def train(
     """
     if resume and restart:
         raise UniadFastError("--resume goes on with a run and --restart drops it: give one of them")
-    detector = AnomalyDetector(
-        backbone,
-        image_size,
-        backbone_weights=backbone_weights,
-        recipe=RECIPES[recipe].with_epochs(epochs),
-        residual_score=residual_score or "",
-        image_score=image_score,
-        false_alarm_rate=false_alarm_rate,
-        held_out=held_out,
-        seed=seed,
-        device=device,
-        cache_dir=cache,
-    )
+    if add_to is not None:
+        _refuse_what_the_bundle_says(context)
+        detector = AnomalyDetector.load(add_to, device)
+        detector.cache_dir = cache
+    else:
+        detector = AnomalyDetector(
+            backbone,
+            image_size,
+            backbone_weights=backbone_weights,
+            recipe=RECIPES[recipe].with_epochs(epochs),
+            residual_score=residual_score or "",
+            image_score=image_score,
+            false_alarm_rate=false_alarm_rate,
+            held_out=held_out,
+            seed=seed,
+            device=device,
+            cache_dir=cache,
+        )
+    if roi is not None:
+        detector.look_at(roi)
     dataset = load_dataset(data, image_root, seed, all_good)
     if not dataset.train:
         raise DataError(f"{data} has no good image to learn from")
@@ -101,6 +120,17 @@ def train(
     if dataset.test:
         _say_how_to_test(output, data, image_root)
     finish(detector.unreadable)
+
+
+def _refuse_what_the_bundle_says(context: typer.Context) -> None:
+    """UniadFastError for options beside --add-to that are the bundle's to say."""
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in _THE_BUNDLE_S
+        if getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
+    ]
+    if given:
+        raise UniadFastError(f"--add-to goes on as its bundle was trained: {', '.join(given)} would not be followed")
 
 
 def _say_how_to_test(bundle: Path, data: str, image_root: Path | None) -> None:
@@ -130,7 +160,8 @@ def fit_and_save(
         classes = {sample.class_name for sample in dataset.train}
         say(f"{dataset.name}: {len(dataset.train)} good images of {len(classes)} classes to learn from")
         try:
-            detector.fit(dataset, work_dir=work_dir, resume=resume, quiet=quiet)
+            learn = detector.add if detector.is_trained else detector.fit
+            learn(dataset, work_dir=work_dir, resume=resume, quiet=quiet)
             detector.save(output)
         except (Stopped, KeyboardInterrupt):
             if (work_dir / "checkpoint.pt").exists():
@@ -145,6 +176,8 @@ def fit_and_save(
             raise
         shutil.rmtree(work_dir)
     say(f"wrote {output}; {threshold_sentence(detector)}")
+    if (sentence := recognition_sentence(detector)) is not None:
+        say(sentence)
     list_problems("note", detector.notes)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from ..errors import UniadFastError
 from ..printable import printable
 from .image_files import list_images
 from .images import EXIF_ORIENTATION, UnreadableImage, image_size, naming, open_image, read_bytes
@@ -73,6 +74,28 @@ def _turned_like(marked: NDArray, path: Path, image: str | os.PathLike) -> NDArr
             f"{upright[1]} x {upright[0]}"
         )
     return turned
+
+
+def read_roi(roi: str | os.PathLike | NDArray, size: int) -> NDArray:
+    """Where images are looked at, as bool [size, size]: a mask, stretched over the images, True where it is not black.
+
+    Args:
+        roi: its file, or an array [height, width].
+
+    Raises:
+        UnreadableImage: the file can't be read.
+        UniadFastError: an array of another shape, or nothing is left.
+    """
+    if isinstance(roi, (str, os.PathLike)):
+        looked_at, what = read_mask(roi, size), printable(roi)
+    else:
+        array, what = np.asarray(roi), "the mask"
+        if array.ndim != 2 or 0 in array.shape:
+            raise UniadFastError(f"a mask is an array [height, width], got one of shape {array.shape}")
+        looked_at = _to_square(array != 0, size)
+    if not looked_at.any():
+        raise UniadFastError(f"{what} is black everywhere: nothing of an image would be looked at")
+    return looked_at
 
 
 def _to_square(marked: NDArray, size: int) -> NDArray:

@@ -1,7 +1,8 @@
-"""What held-out good images set: the threshold, and the colours of heat maps."""
+"""What good images set: the scale of each class, the threshold, and the colours of heat maps."""
 
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UniadFastError
-from .pipeline import Pipeline, to_maps
 from .residual_score import image_scores
+from .scales import Scale, fit_scale, joined, scores_unseen
+from .tail import Threshold, threshold_for
 
 _BATCH = 32
 _COLOR_IMAGES = 256
@@ -20,100 +22,146 @@ _COLOR_IMAGES = 256
 
 @dataclass(frozen=True)
 class Calibration:
-    """Figures from held-out good images.
+    """Figures from good images that had no part in what they are measured by.
+
+    Scores and maps are in standard deviations of good images' scores above their median, class by class: 0 is what a
+    good image has, whichever its class.
 
     Attributes:
         threshold: image score above which an image is called defective.
-        held_false_alarm_rate: the rate that it holds, see `threshold_for`.
-        pixel_threshold: map value above which a pixel belongs to a region; a good image has such a pixel no more often
-            than that rate says.
+        pixel_threshold: map value above which a pixel belongs to a region; as many good images have such a pixel as the
+            threshold's rate says.
         color_range: map values between which heat maps are coloured, the same for every image.
-        held_out_images, held_out_mean, held_out_std: how many there were, and their image scores.
+        scores, maps: from raw image scores, and from values of raw maps, to standard deviations, for each field.
+        images: how many good images each field had; the last one's of several are the others' again.
 
     Raises:
         UniadFastError: a figure is not finite, or out of range.
     """
 
-    threshold: float
-    held_false_alarm_rate: float
+    threshold: Threshold
     pixel_threshold: float
     color_range: tuple[float, float]
-    held_out_images: int
-    held_out_mean: float
-    held_out_std: float
+    scores: Scale
+    maps: Scale
+    images: tuple[int, ...]
 
     def __post_init__(self) -> None:
         low, high = self.color_range
-        numbers = [
-            self.threshold,
-            self.held_false_alarm_rate,
-            self.pixel_threshold,
-            low,
-            high,
-            self.held_out_mean,
-            self.held_out_std,
-        ]
-        if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers):
+        numbers = [self.pixel_threshold, low, high]
+        for scale in (self.scores, self.maps):
+            numbers += [*scale.centers, *scale.spreads]
+            if not len(scale.centers) == len(scale.spreads) == len(self.images):
+                raise UniadFastError(f"the figures of good images are not of as many classes: {self}")
+        if not all(_is_number(number) for number in numbers):
             raise UniadFastError(f"the figures of good images are not all finite numbers: {self}")
-        if low > high or not 0 <= self.held_false_alarm_rate <= 1 or self.held_out_images < 1:
+        positive = all(spread > 0 for spread in (*self.scores.spreads, *self.maps.spreads))
+        counted = all(type(n) is int and n >= 0 for n in self.images)
+        if low > high or not positive or not counted or not any(self.images):
             raise UniadFastError(f"the figures of good images are out of range: {self}")
+
+    @property
+    def good_images(self) -> int:
+        """How many good images it was set from."""
+        return sum(self.images[:-1]) if len(self.images) > 1 else self.images[0]
+
+    def of_score(self, score: float, field: int) -> float:
+        """A raw image score in standard deviations."""
+        return (score - self.scores.centers[field]) / self.scores.spreads[field]
+
+    def of_map(self, raw: NDArray, field: int) -> NDArray:
+        """A raw anomaly map in standard deviations, float32."""
+        return (raw - np.float32(self.maps.centers[field])) / np.float32(self.maps.spreads[field])
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, for `from_json`."""
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Calibration":
-        """From what `dataclasses.asdict` gave, after JSON made a list of the tuple; raises as the class does."""
+        """From what `to_json` gave, after JSON made lists of the tuples; raises as the class does."""
         low, high = content["color_range"]
-        return cls(**(content | {"color_range": (low, high)}))
+        scales = {
+            name: Scale(tuple(content[name]["centers"]), tuple(content[name]["spreads"])) for name in ("scores", "maps")
+        }
+        threshold = content["threshold"]
+        interval = tuple(threshold["interval"])
+        return cls(
+            **(
+                content
+                | {"threshold": Threshold(**(threshold | {"interval": interval}))}
+                | {"color_range": (low, high), "images": tuple(content["images"])}
+                | scales
+            )
+        )
 
 
-def calibrate(pipeline: Pipeline, tokens: NDArray, image_score: str, false_alarm_rate: float) -> Calibration:
-    """Figures from the features [images, N, C] of good images that were held out.
+def calibrate(
+    score_maps: Sequence[Tensor], enlarge: Callable[[Tensor], Tensor], image_score: str, false_alarm_rate: float
+) -> Calibration:
+    """Figures from raw score maps [images, H, W] of good images, for each field: empty where a class has none.
 
-    Colours are set from the maps of at most 256 of them, evenly picked, so that memory stays bounded.
+    Args:
+        score_maps: of images that had no part in what they are measured by. Where there are several fields, the last
+            one's are images of all classes, as they are measured without knowing the class.
+        enlarge: score maps -> anomaly maps, see `Pipeline.enlarge`.
 
     Raises:
-        UniadFastError: a score is not finite.
+        UniadFastError: a score is not finite, or there is no image.
     """
-    step = max(1, len(tokens) // _COLOR_IMAGES)
-    scores: list[float] = []
-    highest: list[float] = []
-    picked: list[Tensor] = []
-    for number, batch in enumerate(batches(tokens)):
-        maps = to_maps(pipeline.score_maps(batch), pipeline.image_size).cpu()
-        scores += image_scores(maps, image_score).tolist()
-        highest += maps.amax(dim=(1, 2)).tolist()
-        picked.append(maps[-number * _BATCH % step :: step].clone())
-    threshold, held_rate = threshold_for(scores, false_alarm_rate)
+    found = [_read(maps, enlarge, image_score) for maps in score_maps]
+    told = found[:-1] if len(found) > 1 else found
+    if not sum(len(one.scores) for one in told):
+        raise UniadFastError("a threshold needs the score of at least one good image")
+    # What is measured without its class is a measure of its own, from which classes have nothing to learn.
+    groups = [told, found[len(told) :]]
+    scores = joined([fit_scale([one.scores for one in group]) for group in groups if group])
+    maps = joined([fit_scale([one.highest_means for one in group]) for group in groups if group])
+    peaks = [(one.peaks - c) / s for one, c, s in zip(told, maps.centers, maps.spreads, strict=False)]
+    pixels = [(one.picked - c) / s for one, c, s in zip(told, maps.centers, maps.spreads, strict=False)]
+    if not sum(map(len, pixels)):
+        raise UniadFastError("the maps of good images are all zero: no colours can be set")
     # Good pixels stay in the lower half of the colours: the range goes twice as far as nearly all of them do.
-    typical, high = (float(q) for q in np.quantile(torch.cat(picked).numpy(), (0.5, 0.999)))
-    color_range = (typical, typical + 2 * (high - typical))
-    pixel_threshold, _ = threshold_for(highest, false_alarm_rate)
-    figures = (len(scores), float(np.mean(scores)), float(np.std(scores)))
-    return Calibration(threshold, held_rate, pixel_threshold, color_range, *figures)
+    typical, high = (float(q) for q in np.quantile(np.concatenate(pixels), (0.5, 0.999)))
+    return Calibration(
+        threshold_for(scores_unseen([one.scores for one in told]), false_alarm_rate),
+        threshold_for(np.concatenate(peaks), false_alarm_rate).value,
+        (typical, typical + 2 * (high - typical)),
+        scores,
+        maps,
+        tuple(len(one.scores) for one in found),
+    )
 
 
-def threshold_for(good_scores: Sequence[float], false_alarm_rate: float) -> tuple[float, float]:
-    """(threshold, the rate it holds): a good image scores above it with at most that probability.
+@dataclass(frozen=True)
+class _Read:
+    """Raw figures of some maps: image scores, highest means over 16 x 16 pixels, highest pixels, pixels of a few."""
 
-    The threshold is an order statistic of the n scores of held-out good images, so that the rate holds for the next
-    good image whatever the scores' distribution. n images can hold no rate below 1 / (n + 1): the rate returned is
-    then that one, and the threshold their maximum.
+    scores: NDArray
+    highest_means: NDArray
+    peaks: NDArray
+    picked: NDArray
 
-    Raises:
-        UniadFastError: no score, one that is not finite, or a rate outside (0, 1).
-    """
-    ordered = np.sort(np.asarray(good_scores, dtype=np.float64))
-    n = len(ordered)
-    if n == 0:
-        raise UniadFastError("a threshold needs the score of at least one held-out good image")
-    if not np.isfinite(ordered).all():
-        raise UniadFastError(f"{int((~np.isfinite(ordered)).sum())} of {n} scores of good images are not finite")
-    if not 0 < false_alarm_rate < 1:
-        raise UniadFastError(f"false_alarm_rate must be in (0, 1), got {false_alarm_rate}")
-    rank = min(n, math.ceil((n + 1) * (1 - false_alarm_rate)))
-    return float(ordered[rank - 1]), max(false_alarm_rate, 1 / (n + 1))
+
+def _read(score_maps: Tensor, enlarge: Callable[[Tensor], Tensor], image_score: str) -> _Read:
+    step = max(1, len(score_maps) // _COLOR_IMAGES)
+    scores, highest, peaks = ([np.zeros(0)] for _ in range(3))
+    picked = [np.zeros(0, np.float32)]
+    for number, batch in enumerate(score_maps.split(_BATCH)):
+        maps = enlarge(batch.float()).cpu()
+        scores.append(image_scores(maps, image_score).double().numpy())
+        highest.append(scores[-1] if image_score == "max" else image_scores(maps, "max").double().numpy())
+        peaks.append(maps.amax(dim=(1, 2)).double().numpy())
+        some = maps[-number * _BATCH % step :: step].flatten()
+        picked.append(some[some > 0].numpy())  # what nobody looks at is 0
+    return _Read(*(np.concatenate(parts) for parts in (scores, highest, peaks, picked)))
 
 
 def batches(tokens: NDArray) -> Iterator[Tensor]:
     """Rows of a memory-mapped [images, N, C] array, a batch at a time."""
     for start in range(0, len(tokens), _BATCH):
         yield torch.from_numpy(np.array(tokens[start : start + _BATCH]))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,31 +1,29 @@
 """AnomalyDetector: images in, scores, labels and anomaly maps out."""
 
-import contextlib
 import dataclasses
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..data.feature_cache import Features, cached_features
 from ..data.image_batches import read_batches
 from ..data.images import ImageLike, UnreadableImage
-from ..data.samples import DataError, Sample
+from ..data.masks import read_roi
+from ..data.samples import Sample
 from ..errors import UniadFastError
 from ..models.backbone import Backbone
 from ..models.placement import usable_device, usable_impl
 from ..models.uniad import UniAD
-from ..training.loop import seeded_generators
-from ..training.run_files import Diverged, RunFiles
-from .calibration import Calibration, calibrate
-from .fitting import fit_residual_score, new_backbone, new_model, new_pipeline, train_pipeline
-from .good_images import GoodImages, good_samples, training_split
+from .calibration import Calibration
+from .fitting import new_pipeline
+from .good_images import GoodImages, good_samples
+from .learning import Run, Surroundings, learn, recalibrated
 from .pipeline import Pipeline
 from .prediction import Prediction, judge_maps
 from .public_config import read_config
@@ -54,7 +52,6 @@ class AnomalyDetector:
 
     Attributes:
         settings: all choices, with their defaults.
-        classes: names of the classes it was trained on.
         unreadable: images that `fit` or `calibrate` left out, one message each.
         notes: remarks on images that they did not see quite as they are.
 
@@ -78,20 +75,14 @@ class AnomalyDetector:
         self.device = usable_device(device)
         self.impl = usable_impl(impl)
         self.cache_dir = cache_dir
-        self.classes: list[str] = []
         self.unreadable: list[str] = []
         self.notes: list[str] = []
-        self._pipeline: Pipeline | None = None
-        self._calibration: Calibration | None = None
-        self._training_log = ""
+        self._trained: Trained | None = None
+        self._roi: Tensor | None = None
 
     @classmethod
     def from_settings(cls, settings: DetectorSettings, **options: Any) -> "AnomalyDetector":
-        """An untrained detector with these settings.
-
-        Args:
-            options: other arguments of `AnomalyDetector`.
-        """
+        """An untrained detector with these settings; options are other arguments of `AnomalyDetector`."""
         values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
         return cls(**(values | options))
 
@@ -110,13 +101,10 @@ class AnomalyDetector:
 
     @classmethod
     def from_parts(cls, backbone: Backbone, model: UniAD, **options: Any) -> "AnomalyDetector":
-        """A detector of a backbone and a trained network, which scores with the L2 norm and has no threshold yet.
-
-        Args:
-            options: other arguments of `AnomalyDetector`; image_size and architecture are the network's.
-        """
+        """A detector that scores with the L2 norm and has no threshold yet; options are those of `AnomalyDetector`."""
         detector = cls(backbone.name, out_indices=backbone.out_indices, recipe="paper", residual_score="l2", **options)
-        detector._pipeline = new_pipeline(detector.settings, backbone, model).to(detector.device).eval()
+        pipeline = new_pipeline(detector.settings, backbone, model).to(detector.device).eval()
+        detector._trained = Trained(detector.settings, pipeline)
         return detector
 
     def fit(
@@ -141,39 +129,33 @@ class AnomalyDetector:
             Diverged: the loss is not finite any more; names the images of the batch where that was seen.
             UniadFastError: no finite threshold comes out.
         """
-        settings = self.settings
-        samples = good_samples(data)
-        kept, held_out = training_split(samples, settings.held_out, settings.seed)
-        backbone = new_backbone(settings, self.backbone_weights).to(self.device)
-        good = self._features(backbone, kept, "features of good images", quiet)
-        unseen = self._features(backbone, held_out, "features of held-out good images", quiet)
-        self.unreadable = good.unreadable + unseen.unreadable
-        self.notes = good.notes + unseen.notes
-        if not len(good.tokens) or not len(unseen.tokens):
-            raise DataError(
-                f"training needs at least two readable good images, of {len(samples)} listed "
-                f"{len(self.unreadable)} could not be read" + "".join(f"\n  {m}" for m in self.unreadable[:10])
-            )
-        feature_size = backbone.feature_size(settings.image_size)
-        with seeded_generators(settings.seed, self.device):
-            model = new_model(settings, backbone, feature_size, self.impl)
-        pipeline = new_pipeline(settings, backbone, model).to(self.device)
-        architecture = dataclasses.asdict(settings.architecture)
-        run = {"features": good.key, "image_size": settings.image_size, "architecture": architecture}
-        with contextlib.ExitStack() as stack:
-            directory = work_dir or stack.enter_context(tempfile.TemporaryDirectory())
-            files = RunFiles(directory, run, resume, checkpoint_seconds)
-            options: dict[str, Any] = {"validation": unseen.tokens, "quiet": quiet}
-            try:
-                train_pipeline(pipeline, good.tokens, settings.recipe, settings.seed, files, **options)
-            except Diverged as error:
-                raise error.with_names([kept[good.used[row]].path for row in error.rows]) from None
-            self._training_log = files.path("log.csv").read_text(encoding="utf-8")
-        fit_residual_score(pipeline, good.tokens)
-        self._pipeline = pipeline
-        self._calibrate(unseen)
-        self.classes = sorted({sample.class_name for sample in samples})
+        self._learn(good_samples(data), Run(work_dir, resume, checkpoint_seconds), quiet, None)
         return self
+
+    def add(
+        self,
+        data: GoodImages,
+        *,
+        work_dir: str | os.PathLike | None = None,
+        resume: bool = False,
+        checkpoint_seconds: float = 60.0,
+        quiet: bool = False,
+    ) -> "AnomalyDetector":
+        """Learn further classes, going on from what is known, in a fifth of the steps of training anew; returns self.
+
+        A network forgets what it is not shown again: `data` has the old classes too, their features are in the cache.
+
+        Args: as of `fit`.
+
+        Raises: as `fit` does; DataError too where a known class has no image in `data`.
+        """
+        before = self.trained
+        self._learn(good_samples(data), Run(work_dir, resume, checkpoint_seconds), quiet, before)
+        return self
+
+    def _learn(self, samples: list[Sample], run: Run, quiet: bool, before: Trained | None) -> None:
+        found = learn(self.settings, samples, self._surroundings(quiet), run, before, self._roi)
+        self._trained, self.unreadable, self.notes = found
 
     def calibrate(
         self, data: GoodImages, *, false_alarm_rate: float | None = None, quiet: bool = False
@@ -190,72 +172,98 @@ class AnomalyDetector:
         """
         if false_alarm_rate is not None:
             self.settings = dataclasses.replace(self.settings, false_alarm_rate=false_alarm_rate)
-        unseen = self._features(self.pipeline.backbone, good_samples(data), "features of good images", quiet)
-        self.unreadable, self.notes = unseen.unreadable, unseen.notes
-        if not len(unseen.tokens):
-            raise DataError("calibration needs a readable good image" + "".join(f"\n  {m}" for m in self.unreadable))
-        self._calibrate(unseen)
+        known = self.trained._replace(settings=self.settings)
+        self._trained, found = recalibrated(known, good_samples(data), self._surroundings(quiet))
+        self.unreadable, self.notes = found.unreadable, found.notes
         return self
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it can score images."""
+        return self._trained is not None
 
     @property
     def is_calibrated(self) -> bool:
         """Whether there is a threshold; a converted detector has none before `calibrate`."""
-        return self._calibration is not None
+        return self._trained is not None and self._trained.calibration is not None
 
     @property
     def pipeline(self) -> Pipeline:
-        """The trained module from images to maps; RuntimeError before `fit` or `load`."""
-        if self._pipeline is None:
-            raise RuntimeError(_NOT_TRAINED)
-        return self._pipeline
+        """The trained module from images to raw maps; RuntimeError before `fit` or `load`."""
+        return self.trained.pipeline
 
     @property
     def calibration(self) -> Calibration:
-        """Threshold and colours, from held-out good images; RuntimeError where there are none."""
-        if self._calibration is None:
-            raise RuntimeError(_NOT_TRAINED if self._pipeline is None else _NOT_CALIBRATED)
-        return self._calibration
+        """Scales, threshold and colours, from good images; RuntimeError where there are none."""
+        found = self.trained.calibration
+        if found is None:
+            raise RuntimeError(_NOT_CALIBRATED)
+        return found
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that it was trained on, none before."""
+        return self._trained.classes if self._trained is not None else ()
 
     @overload
-    def predict(self, images: ImageLike) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is a sequence
+    def predict(self, images: ImageLike, class_name: str | None = None) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is a sequence
     @overload
-    def predict(self, images: Sequence[ImageLike]) -> list[Prediction]: ...
-    def predict(self, images: ImageLike | Sequence[ImageLike]) -> Prediction | list[Prediction]:
+    def predict(self, images: Sequence[ImageLike], class_name: str | None = None) -> list[Prediction]: ...
+    def predict(
+        self, images: ImageLike | Sequence[ImageLike], class_name: str | None = None
+    ) -> Prediction | list[Prediction]:
         """Score an image, or a list of them.
 
         Args:
             images: a path, a Pillow image, an array [height, width] or [height, width, 3] (uint8, or float in
                 [0, 1]), a tensor [3, height, width] (likewise), or a list of any of these.
+            class_name: of all of them, one of `classes`; None recognizes it image by image.
 
         Returns:
             A `Prediction`, or a list of them.
 
         Raises:
             UnreadableImage: a file can't be read.
-            UniadFastError: an array or tensor of another shape, or a score that is not finite.
+            UniadFastError: an array or tensor of another shape, a score that is not finite, or no such class.
         """
         if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
-            return self.predict([images])[0]
+            return self.predict([images], class_name)[0]
+        number = None if class_name is None else self.trained.class_number(class_name)
         predictions: list[Prediction] = []
         for batch in read_batches(images, self.settings.image_size):
             if batch.failures:
                 raise UnreadableImage(batch.failures[0].message(images[len(predictions) :]))
-            predictions += self.judge(self.pipeline(batch.images), sizes=batch.sizes)
+            tokens = self.pipeline.tokens(batch.images)
+            fields = self.pipeline.fields_of(tokens, [number] * len(tokens))
+            maps = self.pipeline.enlarge(self.pipeline.score_maps(tokens, fields))
+            predictions += self.judge(maps, fields, sizes=batch.sizes)
         for number, prediction in enumerate(predictions):
             if not math.isfinite(prediction.score):
                 raise UniadFastError(f"the score of image {number} is {prediction.score}: no label can be given to it")
         return predictions
 
     def judge(
-        self, maps: Tensor, threshold: float | None = None, sizes: Sequence[tuple[int, int]] | None = None
+        self,
+        maps: Tensor,
+        fields: Tensor | None = None,
+        threshold: float | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> list[Prediction]:
-        """What anomaly maps [B, S, S] say of their images; a score that is not finite is for the caller to refuse.
+        """What raw anomaly maps [B, S, S] say of their images; a score that is not finite is for the caller to refuse.
 
-        Args:
-            threshold: image score above which an image is defective; None takes the detector's own, if it has one.
-            sizes: (height, width) of each image in pixels; None for (S, S).
+        Args: as of `judge_maps`, but fields may be None for the last, and a threshold of None is the detector's own.
         """
-        return judge_maps(maps, self.settings.image_score, self._calibration, threshold, sizes)
+        known = self.trained
+        if fields is None:
+            fields = torch.full((len(maps),), known.pipeline.fields - 1)
+        return judge_maps(maps, fields, known.names, known.settings.image_score, known.calibration, threshold, sizes)
+
+    def look_at(self, roi: str | os.PathLike | NDArray) -> "AnomalyDetector":
+        """Look at a part of each image alone, in `fit` and all that comes after; returns self. See `read_roi`."""
+        self._roi = torch.from_numpy(read_roi(roi, self.settings.image_size))
+        if self._trained is not None:
+            self.pipeline.roi = self._roi.to(self.device)
+        return self
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write a bundle: everything that `load` needs, the backbone too. Replaces a bundle, never another folder.
@@ -263,8 +271,7 @@ class AnomalyDetector:
         Raises:
             BundleError: `directory` exists and is no bundle.
         """
-        content = (self.settings, self.pipeline, self._calibration, self.classes, self._training_log)
-        save_trained(directory, Trained(*content))
+        save_trained(directory, self.trained)
 
     @classmethod
     def load(
@@ -281,14 +288,15 @@ class AnomalyDetector:
         trained = load_trained(directory, impl)
         detector = cls.from_settings(trained.settings, device=device, impl=impl)
         moved = trained.pipeline if detector.device.type == "cpu" else trained.pipeline.to(detector.device)
-        detector._pipeline, detector._calibration = moved.eval(), trained.calibration
-        detector.classes, detector._training_log = trained.classes, trained.training_log
+        detector._trained = trained._replace(pipeline=moved.eval())
         return detector
 
-    def _calibrate(self, unseen: Features) -> None:
-        settings = self.settings
-        self._calibration = calibrate(self.pipeline, unseen.tokens, settings.image_score, settings.false_alarm_rate)
+    @property
+    def trained(self) -> Trained:
+        """What it has learnt; RuntimeError before `fit` or `load`."""
+        if self._trained is None:
+            raise RuntimeError(_NOT_TRAINED)
+        return self._trained
 
-    def _features(self, backbone: Backbone, samples: Sequence[Sample], description: str, quiet: bool) -> Features:
-        paths = [sample.path for sample in samples]
-        return cached_features(backbone, self.settings.image_size, paths, self.cache_dir, description, quiet)
+    def _surroundings(self, quiet: bool) -> Surroundings:
+        return Surroundings(self.device, self.impl, self.cache_dir, self.backbone_weights, quiet)

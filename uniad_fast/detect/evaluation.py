@@ -16,7 +16,8 @@ from ..printable import printable
 from .decisions import Decisions, decide
 from .detector import AnomalyDetector
 from .metrics import DETECTION, LOCALISATION, detection_metrics, localisation_metrics, mean_of_defined
-from .pipeline import to_maps
+from .pipeline import Pipeline
+from .prediction import Prediction
 from .reconstructions import Reconstructions
 from .score_files import score_files
 
@@ -35,6 +36,8 @@ class Evaluation:
         unreadable: a message for each image or mask that could not, and for each reconstruction not written.
         not_finite: a message for each image whose score is not finite, which nothing here counts.
         decisions: what the detector's threshold does on these images; None for a detector without one.
+        recognized: {"good" or "defective": (images of known classes, taken for another class, taken for none)}; None
+            where no class was to be recognized.
     """
 
     by_class: dict[str, dict[str, float | None]]
@@ -45,18 +48,22 @@ class Evaluation:
     unreadable: list[str]
     not_finite: list[str] = field(default_factory=list)
     decisions: Decisions | None = None
+    recognized: dict[str, tuple[int, int, int]] | None = None
 
 
 def evaluate(
     detector: AnomalyDetector,
     samples: Sequence[Sample],
     *,
+    class_from_data: bool = False,
     reconstructions_dir: str | os.PathLike | None = None,
     quiet: bool = False,
 ) -> Evaluation:
     """Score test images and measure detection (image) and, where masks exist, localisation (pixel).
 
     Args:
+        class_from_data: measure each image as the class that the data say, not as the one that is recognized; of a
+            class that the detector does not know, as what it recognizes.
         reconstructions_dir: also save each reconstructed feature map there, see `save_reconstructions`.
 
     Raises:
@@ -65,13 +72,15 @@ def evaluate(
     """
     scored = _Scored()
     reconstructions = Reconstructions(detector, reconstructions_dir)
-    for batch in score_files(detector, [sample.path for sample in samples], quiet=quiet):
+    known = detector.classes if class_from_data else ()
+    classes = [sample.class_name if sample.class_name in known else None for sample in samples]
+    for batch in score_files(detector, [sample.path for sample in samples], classes=classes, quiet=quiet):
         scored.unreadable += batch.unreadable
         scored.unreadable += reconstructions.save([samples[image.number] for image in batch.images], batch.tokens)
         for image in batch.images:
             sample, score = samples[image.number], image.prediction.score
             if math.isfinite(score):
-                scored.add(sample, score, image.score_map)
+                scored.add(sample, image.prediction, image.score_map)
             else:
                 scored.not_finite.append(f"{printable(sample.path)}: its score is {score}")
     if not scored.samples:
@@ -88,9 +97,10 @@ def evaluate(
     notes = {name: reasons for name, reasons in notes.items() if reasons}
     decisions = None
     if detector.is_calibrated:
-        decisions = decide(scored.samples, scored.scores, detector.calibration.threshold)
+        decisions = decide(scored.samples, scored.scores, detector.calibration.threshold.value)
+    recognized = None if class_from_data or len(detector.classes) < 2 else _recognized(scored, detector.classes)
     found = (scored.samples, scored.scores, scored.unreadable, scored.not_finite)
-    return Evaluation(by_class, notes, mean, *found, decisions)
+    return Evaluation(by_class, notes, mean, *found, decisions, recognized)
 
 
 @dataclass
@@ -99,14 +109,29 @@ class _Scored:
 
     samples: list[Sample] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    class_names: list[str | None] = field(default_factory=list)
     score_maps: list[torch.Tensor] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     not_finite: list[str] = field(default_factory=list)
 
-    def add(self, sample: Sample, score: float, score_map: torch.Tensor) -> None:
+    def add(self, sample: Sample, prediction: Prediction, score_map: torch.Tensor) -> None:
         self.samples.append(sample)
-        self.scores.append(score)
+        self.scores.append(prediction.score)
+        self.class_names.append(prediction.class_name)
         self.score_maps.append(score_map)
+
+
+def _recognized(scored: _Scored, classes: Sequence[str]) -> dict[str, tuple[int, int, int]]:
+    counts = {}
+    for what, defective in (("good", False), ("defective", True)):
+        pairs = [
+            (sample.class_name, found)
+            for sample, found in zip(scored.samples, scored.class_names, strict=True)
+            if sample.defective == defective and sample.class_name in classes
+        ]
+        unsure = sum(found is None for _, found in pairs)
+        counts[what] = (len(pairs), sum(found not in (None, name) for name, found in pairs), unsure)
+    return counts
 
 
 def _measure(detector: AnomalyDetector, name: str, scored: _Scored) -> tuple[dict[str, float | None], list[str]]:
@@ -123,8 +148,7 @@ def _measure(detector: AnomalyDetector, name: str, scored: _Scored) -> tuple[dic
         notes.append(f"pixel metrics: {missing} of {sum(labels)} defective images have no mask")
     else:
         maps = [scored.score_maps[i] for i in rows]
-        size = detector.pipeline.image_size
-        found = localisation_metrics(_MapsAndMasks(size, samples, maps, scored.unreadable, notes))
+        found = localisation_metrics(_MapsAndMasks(detector.pipeline, samples, maps, scored.unreadable, notes))
         pixel = found.values
         notes += [f"pixel metrics: {found.undefined}"] if found.undefined else []
     values = {f"image_{metric}": value for metric, value in image.values.items()}
@@ -136,20 +160,20 @@ class _MapsAndMasks:
 
     def __init__(
         self,
-        image_size: int,
+        pipeline: Pipeline,
         samples: list[Sample],
         score_maps: list[torch.Tensor],
         unreadable: list[str],
         notes: list[str],
     ) -> None:
-        self._image_size = image_size
+        self._pipeline = pipeline
         self._unreadable = unreadable
         self._notes = notes
         self._told: set[Sample] = set()
         self._items = list(zip(samples, score_maps, strict=True))
 
     def __iter__(self) -> Iterator[tuple[NDArray, NDArray]]:
-        size = self._image_size
+        size = self._pipeline.image_size
         for item in list(self._items):
             sample, score_map = item
             mask = np.zeros((size, size), dtype=bool)
@@ -163,4 +187,6 @@ class _MapsAndMasks:
                 if (not mask.any() or mask.all()) and sample not in self._told:
                     self._told.add(sample)
                     self._notes.append(f"{printable(sample.mask)} marks {'everything' if mask.all() else 'nothing'}")
-            yield to_maps(score_map[None], size)[0].numpy(), mask
+            if self._pipeline.roi is not None:
+                mask = mask & self._pipeline.roi.cpu().numpy()
+            yield self._pipeline.enlarge(score_map[None])[0].cpu().numpy(), mask

@@ -7,8 +7,8 @@ from pathlib import Path
 from ..data.datasets import load_dataset
 from ..data.samples import DataError, Dataset, Sample, hold_out
 
-GoodImages = str | os.PathLike | Dataset | Sequence[str | os.PathLike]
-"""Whatever `load_dataset` takes, a `Dataset`, or a list of image files, all good."""
+GoodImages = str | os.PathLike | Dataset | Sequence[str | os.PathLike | Sample]
+"""Whatever `load_dataset` takes, a `Dataset`, or a list, all good: of image files, or of samples with their classes."""
 
 
 def training_split(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -31,4 +31,8 @@ def good_samples(data: GoodImages) -> list[Sample]:
     """
     if isinstance(data, (str, os.PathLike)):
         data = load_dataset(data)
-    return data.train if isinstance(data, Dataset) else [Sample(Path(path), "unnamed") for path in data]
+    return (
+        data.train
+        if isinstance(data, Dataset)
+        else [one if isinstance(one, Sample) else Sample(Path(one), "unnamed") for one in data]
+    )

@@ -1,5 +1,7 @@
 """From images to anomaly maps: the module that a bundle keeps."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,26 +10,38 @@ from ..errors import UniadFastError
 from ..models.backbone import Backbone
 from ..models.precision import autocast
 from ..models.reconstructor import Reconstructor
+from .class_recognizer import UNSURE, ClassRecognizer
 from .residual_score import ResidualScore
 
 
 class Pipeline(nn.Module):
-    """Backbone, features in the network's units, reconstruction, residual score, enlargement.
+    """Backbone, features in the network's units, reconstruction, class, residual score, enlargement.
 
     B images, C channels, H x W feature map, N = H * W, S image_size. Its state dict is what a bundle keeps.
+
+    With K > 1 classes there are K + 1 *fields*, ways of measuring an image: one for each class, and the last for an
+    image of which the class is not known. With one class there is one field.
 
     Args:
         backbone, model: frozen features and the network that reconstructs them.
         image_size: S, of the images and of the maps.
         precision: of the network, see `uniad_fast.models.precision`; the backbone is float32.
         residual_score: one of `uniad_fast.detect.residual_score.RESIDUAL_SCORES`.
+        classes: K.
     """
 
     mean: Tensor
     std: Tensor
+    roi: Tensor | None  # [S, S], True where the image is looked at; None looks everywhere
 
     def __init__(
-        self, backbone: Backbone, model: Reconstructor, image_size: int, precision: str, residual_score: str
+        self,
+        backbone: Backbone,
+        model: Reconstructor,
+        image_size: int,
+        precision: str,
+        residual_score: str,
+        classes: int = 1,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -36,15 +50,22 @@ class Pipeline(nn.Module):
         self.precision = precision
         self.register_buffer("mean", torch.zeros(backbone.channels))
         self.register_buffer("std", torch.ones(backbone.channels))
-        self.residual_score = ResidualScore(residual_score, backbone.deepest, model.feature_size)
+        self.register_buffer("roi", None)
+        deepest = backbone.deepest
+        self.fields = classes + 1 if classes > 1 else 1
+        self.residual_score = ResidualScore(residual_score, deepest, model.feature_size, self.fields)
+        self.recognizer = ClassRecognizer(classes, deepest.stop - deepest.start) if classes > 1 else None
 
     @property
     def device(self) -> torch.device:
         return self.mean.device
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, S, S] in [0, 1] -> anomaly maps [B, S, S]."""
-        return to_maps(self.score_maps(self.tokens(images)), self.image_size)
+        """images [B, 3, S, S] in [0, 1] -> anomaly maps [B, S, S], each by the field of the class that is
+        recognized.
+        """
+        tokens = self.tokens(images)
+        return self.enlarge(self.score_maps(tokens, self.fields_of(tokens)))
 
     def tokens(self, images: Tensor) -> Tensor:
         """images [B, 3, S, S] in [0, 1] -> features [B, N, C].
@@ -61,9 +82,37 @@ class Pipeline(nn.Module):
         return features.flatten(2).transpose(1, 2)
 
     @torch.inference_mode()
-    def score_maps(self, tokens: Tensor) -> Tensor:
-        """tokens [B, N, C] -> scores per location [B, H, W] in float32."""
-        return self.residual_score(self.residual(tokens))
+    def fields_of(self, tokens: Tensor, told: Sequence[int | None] | None = None) -> Tensor:
+        """tokens [B, N, C] -> the field [B] that each image is measured by.
+
+        told: the number of each image's class, None where it is to be recognized; None for all of them.
+        """
+        if self.recognizer is None:
+            return torch.zeros(len(tokens), dtype=torch.int64, device=self.device)
+        found = self.recognizer(tokens.to(self.device)[..., self.residual_score.deepest])
+        fields = torch.where(found == UNSURE, self.fields - 1, found)
+        for row, number in enumerate(told or ()):
+            if number is not None:
+                fields[row] = number
+        return fields
+
+    @torch.inference_mode()
+    def score_maps(self, tokens: Tensor, fields: Tensor | None = None) -> Tensor:
+        """tokens [B, N, C], fields [B] -> scores per location [B, H, W] in float32; None takes the last field for
+        all.
+        """
+        return self.residual_score(self.residual(tokens), fields)
+
+    def enlarge(self, score_maps: Tensor) -> Tensor:
+        """Scores per location [B, H, W] -> anomaly maps [B, S, S]; 0, the best there is, where nobody looks."""
+        maps = to_maps(score_maps, self.image_size)
+        return maps if self.roi is None else maps * self.roi.to(maps.device)
+
+    def looked_at(self) -> Tensor | None:
+        """[N], True for the locations that a place that is looked at belongs to; None where that is all."""
+        if self.roi is None:
+            return None
+        return F.adaptive_max_pool2d(self.roi[None].float(), self.model.feature_size).flatten() > 0
 
     @torch.inference_mode()
     def residual(self, tokens: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ A residual is f_rec - f_org per location. A detector's `residual_score` makes on
                 images, so that what is always reconstructed badly counts for less, and what never fails for more
     "relative"  the same, divided by its mean over good images at that location: places differ, and those at the
                 border, whose context lies on one side, are reconstructed worse
+    "gaussian"  the Mahalanobis distance of its deepest stage from what good images of the same class have at that
+                place, see `uniad_fast.detect.good_gaussians`
 
 Its `image_score` makes one number of the map: "max" of the average-pooled map (section 3.3), or its "mean" or "std".
 """
@@ -16,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UniadFastError
+from .good_gaussians import GoodGaussians
 
-RESIDUAL_SCORES = ("l2", "whitened", "relative")
+RESIDUAL_SCORES = ("l2", "whitened", "relative", "gaussian")
 IMAGE_SCORES = ("max", "mean", "std")
 _BATCH = 32
 _POOL = 16
@@ -25,15 +28,15 @@ _SHRINKAGE = 1e-2
 
 
 class ResidualScore(nn.Module):
-    """residual [B, C, H, W] -> score map [B, H, W] in float32.
+    """residual [B, C, H, W], fields [B] -> score map [B, H, W] in float32.
 
-    All but "l2" have to be fitted to good images, which sets the buffers `whitening` (until then the identity) and
-    `typical` (ones).
+    All but "l2" have to be fitted to good images (`fit`, or for "gaussian" `GoodGaussians.set`).
 
     Args:
         kind: one of `RESIDUAL_SCORES`.
         deepest: the channels of the backbone's deepest stage.
         feature_size: (H, W).
+        fields: of "gaussian", how many Gaussian fields there are; the others know no classes.
 
     Raises:
         UniadFastError: there is no such kind.
@@ -42,36 +45,33 @@ class ResidualScore(nn.Module):
     whitening: Tensor | None  # [C', C'] for the C' channels of the deepest stage
     typical: Tensor | None  # [H, W]
 
-    def __init__(self, kind: str, deepest: slice, feature_size: tuple[int, int]) -> None:
+    def __init__(self, kind: str, deepest: slice, feature_size: tuple[int, int], fields: int = 1) -> None:
         super().__init__()
         if kind not in RESIDUAL_SCORES:
             raise UniadFastError(f"residual_score must be one of {', '.join(RESIDUAL_SCORES)}, got {kind!r}")
         self.kind = kind
         self.deepest = deepest
         channels = deepest.stop - deepest.start
-        self.register_buffer("whitening", None if kind == "l2" else torch.eye(channels))
+        self.register_buffer("whitening", torch.eye(channels) if kind in ("whitened", "relative") else None)
         self.register_buffer("typical", torch.ones(feature_size) if kind == "relative" else None)
+        places = feature_size[0] * feature_size[1]
+        self.gaussians = GoodGaussians(fields, places, channels) if kind == "gaussian" else None
 
-    @property
-    def is_fitted(self) -> bool:
-        """Whether there is something to fit."""
-        return self.whitening is not None
-
-    def forward(self, residual: Tensor) -> Tensor:
-        return self.norm(residual, self.kind)
-
-    def norm(self, residual: Tensor, kind: str) -> Tensor:
-        """By another kind, of which this one has the buffers."""
-        if kind == "l2":
+    def forward(self, residual: Tensor, fields: Tensor | None = None) -> Tensor:
+        """fields: for "gaussian", which of its Gaussian fields each image is measured by; None for the last."""
+        if self.kind == "l2":
             return torch.linalg.vector_norm(residual, dim=1)
-        norm = self._whitened(residual[:, self.deepest])
-        if kind == "whitened":
-            return norm
-        assert self.typical is not None, "one made for 'relative' has it"
-        return norm / self.typical
+        deepest = residual[:, self.deepest]
+        if self.gaussians is not None:
+            if fields is None:
+                fields = torch.full((len(residual),), self.gaussians.fields - 1, device=residual.device)
+            distances = self.gaussians(deepest.flatten(2).transpose(1, 2), fields)
+            return distances.unflatten(1, tuple(residual.shape[2:]))
+        norm = self._whitened(deepest)
+        return norm if self.typical is None else norm / self.typical
 
     def fit(self, residuals: Tensor) -> None:
-        """Set the buffers from residuals [images, C', H, W] of good images, of the deepest stage's channels alone.
+        """Set `whitening` and `typical` from residuals [images, C', H, W] of good images, of the deepest stage alone.
 
         Raises:
             UniadFastError: they are not finite, or all zero.

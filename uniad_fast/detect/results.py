@@ -20,7 +20,7 @@ from .decisions import Decisions, Outcome
 from .evaluation import COLUMNS, Evaluation
 
 _WORST = 5
-SCORE_FIELDS = ("image", "score", "label", "threshold", "heat_map", "regions")
+SCORE_FIELDS = ("image", "class", "score", "label", "threshold", "heat_map", "regions")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -44,6 +44,10 @@ def evaluation_table(evaluation: Evaluation) -> str:
         [[printable(name), *(_figure(values[column]) for column in columns)] for name, values in _rows(evaluation)],
     )
     notes = [f"{printable(name)}: {note}" for name, reasons in evaluation.notes.items() for note in reasons]
+    notes += [
+        f"classes recognized: of {images} {what} images {wrong} were taken for another class, {unsure} for none"
+        for what, (images, wrong, unsure) in (evaluation.recognized or {}).items()
+    ]
     return "\n".join([body, *notes])
 
 
@@ -91,6 +95,7 @@ def write_evaluation(evaluation: Evaluation, directory: str | os.PathLike) -> li
         "not_defined": evaluation.notes,
         "images": len(evaluation.samples),
         "unreadable": evaluation.unreadable,
+        "recognized": evaluation.recognized,
         "decisions": None,
     }
     written = []

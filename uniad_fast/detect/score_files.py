@@ -13,7 +13,6 @@ from ..printable import printable
 from ..progress import progress
 from ..signals import stop_if_asked
 from .detector import AnomalyDetector
-from .pipeline import to_maps
 from .prediction import Prediction
 
 
@@ -49,6 +48,7 @@ def score_files(
     paths: Sequence[Path],
     *,
     threshold: float | None = None,
+    classes: Sequence[str | None] | None = None,
     batch_size: int = BATCH,
     keep_pictures: bool = False,
     quiet: bool = False,
@@ -57,13 +57,17 @@ def score_files(
 
     Args:
         threshold: instead of the detector's.
+        classes: of each image, None where it is to be recognized; None for all of them.
         keep_pictures: give the decoded images too.
 
     Raises:
+        UniadFastError: the detector does not know a class.
         Stopped: a signal asked for it, between two batches.
     """
     pipeline = detector.pipeline
     size = pipeline.image_size
+    numbers = {name: detector.trained.class_number(name) for name in {*(classes or ())} if name is not None}
+    told = [None if name is None else numbers[name] for name in classes or [None] * len(paths)]
     start = 0
     with progress("scoring", len(paths), quiet=quiet) as bar:
         for batch in read_batches(paths, size, batch_size, keep_pictures=keep_pictures):
@@ -71,11 +75,12 @@ def score_files(
             tokens = torch.zeros(0, 0, 0)
             if batch.used:
                 tokens = pipeline.tokens(batch.images)
-                score_maps = pipeline.score_maps(tokens)
-                predictions = detector.judge(to_maps(score_maps, size), threshold, batch.sizes)
-                numbers = [start + position for position in batch.used]
-                pictures = batch.pictures if keep_pictures else [None] * len(numbers)
-                scored = zip(numbers, [paths[n] for n in numbers], pictures, predictions, score_maps.cpu(), strict=True)
+                places = [start + position for position in batch.used]
+                fields = pipeline.fields_of(tokens, [told[place] for place in places])
+                score_maps = pipeline.score_maps(tokens, fields)
+                predictions = detector.judge(pipeline.enlarge(score_maps), fields, threshold, batch.sizes)
+                pictures = batch.pictures if keep_pictures else [None] * len(places)
+                scored = zip(places, [paths[n] for n in places], pictures, predictions, score_maps.cpu(), strict=True)
                 images = [ScoredImage(*one) for one in scored]
             yield ScoredBatch(
                 images,

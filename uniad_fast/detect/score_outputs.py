@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..data.image_batches import BATCH
 from ..data.image_files import find_images
@@ -40,8 +40,29 @@ class Scored:
         return sum(row["label"] for row in self.rows)
 
 
-def name_images(arguments: Sequence[Path], leave_out: Path | None = None) -> tuple[list[tuple[Path, str]], list[str]]:
-    """((file, name of its heat map) of files and folders, each name once; remarks on what was not looked at).
+class NamedImage(NamedTuple):
+    """An image file, the name of its heat map, and its class where that is told."""
+
+    path: Path
+    heat_map: str
+    class_name: str | None = None
+
+
+def with_classes_of_folders(named: Sequence[NamedImage], classes: Sequence[str]) -> tuple[list[NamedImage], list[str]]:
+    """Each with the class that the nearest folder above it is named after; remarks on those without such a folder."""
+    told = []
+    unknown = 0
+    for one in named:
+        names = [folder.name for folder in one.path.absolute().parents if folder.name in classes]
+        told.append(one._replace(class_name=names[0] if names else None))
+        unknown += not names
+    if unknown:
+        return told, [f"{unknown} of {len(named)} images lie in no folder named after a class; theirs is recognized"]
+    return told, []
+
+
+def name_images(arguments: Sequence[Path], leave_out: Path | None = None) -> tuple[list[NamedImage], list[str]]:
+    """(image files of files and folders, each name once; remarks on what was not looked at).
 
     leave_out: a folder that is not looked into, the output's.
 
@@ -62,7 +83,7 @@ def name_images(arguments: Sequence[Path], leave_out: Path | None = None) -> tup
             notes.append(f"{printable(argument)}: not looked at: {listed}")
     if not found:
         raise DataError("; ".join([f"no images in {', '.join(map(printable, arguments))}", *notes]))
-    named: list[tuple[Path, str]] = []
+    named: list[NamedImage] = []
     taken: set[str] = set()
     for path, relative in found:
         name, count = str(relative.with_suffix(".png")), 1
@@ -70,13 +91,13 @@ def name_images(arguments: Sequence[Path], leave_out: Path | None = None) -> tup
             count += 1
             name = str(relative.with_name(f"{relative.stem}-{count}.png"))
         taken.add(name)
-        named.append((path, name))
+        named.append(NamedImage(path, name))
     return named, notes
 
 
 def write_scores(
     detector: AnomalyDetector,
-    named: Sequence[tuple[Path, str]],
+    named: Sequence[NamedImage],
     output: Path,
     threshold: float,
     *,
@@ -98,8 +119,9 @@ def write_scores(
         Stopped: a signal asked for it; what is done is written.
     """
     found = Scored()
-    paths = [path for path, _ in named]
-    options: dict[str, Any] = {"threshold": threshold, "batch_size": batch_size, "quiet": quiet}
+    paths = [one.path for one in named]
+    classes = [one.class_name for one in named]
+    options: dict[str, Any] = {"threshold": threshold, "classes": classes, "batch_size": batch_size, "quiet": quiet}
     with ScoreFiles(output) as files:
         for batch in score_files(detector, paths, keep_pictures=heat_maps, **options):
             found.unreadable += batch.unreadable
@@ -111,9 +133,10 @@ def write_scores(
                     continue
                 drawn = None
                 if heat_maps:
-                    drawn = _draw(detector, image, output / "heatmaps" / named[image.number][1], found)
+                    drawn = _draw(detector, image, output / "heatmaps" / named[image.number].heat_map, found)
                 row = {
                     "image": str(image.path),
+                    "class": prediction.class_name,
                     "score": prediction.score,
                     "label": int(bool(prediction.label)),
                     "threshold": threshold,

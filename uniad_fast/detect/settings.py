@@ -28,7 +28,7 @@ class DetectorSettings:
         normalization: (mean, deviation) of the channels of images in [0, 1]; None takes the backbone's own.
         recipe: how to train; the name of one is taken for it.
         architecture: of the network.
-        residual_score: how a residual becomes a number, "l2" (the paper's), "whitened" or "relative"; see
+        residual_score: how a residual becomes a number, "l2" (the paper's), "whitened", "relative" or "gaussian"; see
             `uniad_fast.detect.residual_score`. None takes the recipe's.
         image_score: how a map becomes a number, "max" (the paper's), "mean" or "std".
         false_alarm_rate: share of good images that may score above the threshold, in (0, 1).

@@ -117,17 +117,18 @@ def recipe_systems(base: Recipe) -> tuple[System, ...]:
     longer = {"epochs": 2 * base.epochs, "min_steps": 2 * base.min_steps}
     changes: dict[str, Mapping[str, Any]] = {
         "the recipe": {},
-        "AdamW, rate 1e-3": {"optimizer": "adamw", "learning_rate": 1e-3},
+        "Muon, rate 2e-3": {"optimizer": "muon", "learning_rate": 2e-3},
         "blocks not zero at first": {"zero_blocks": False},
         "queries from N(0, 1)": {"query_std": 1.0},
         "features not standardised": {"standardize": False},
-        "constant rate": {"schedule": "constant"},
-        "early stop": {**longer, "schedule": "constant", "warmup": 0.08, "patience": 2},
-        "rate 1e-3": {"learning_rate": 1e-3},
+        "one cycle": {"schedule": "one_cycle", "warmup": 0.15},
+        "early stop": {**longer, "patience": 2},
+        "rate 2e-3": {"learning_rate": 2e-3},
         "batch 32": {"batch_size": 32, "min_steps": base.min_steps // 2},
         "L1 loss": {"loss": "l1"},
         "dropout 0.1": {"dropout": 0.1},
         "no jitter": NO_JITTER,
+        "jitter 20": {"jitter_scale": 20.0},
         "float32": {"precision": "float32"},
     }
     return tuple(System(name, changes=change) for name, change in changes.items())

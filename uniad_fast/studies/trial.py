@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..detect.fitting import fit_residual_score, train_pipeline
 from ..detect.metrics import detection_metrics, mean_of_defined
 from ..detect.pipeline import Pipeline, to_maps
-from ..detect.residual_score import RESIDUAL_SCORES, image_scores
+from ..detect.residual_score import ResidualScore, image_scores
 from ..files import atomic_path
 from ..printable import file_name
 from ..training.loop import seeded_generators
@@ -142,13 +142,11 @@ def run_trial(
 
 
 def _new_pipeline(trial: Trial, data: StudyData, recipe: Recipe, device: torch.device, impl: str | None) -> Pipeline:
-    """With the residual score whose buffers serve the trial's others too."""
     backbone = data.backbone
     feature_size = backbone.feature_size(data.image_size)
     with seeded_generators(trial.seed, device):
         model = trial.system.build(backbone.channels, backbone.stride, feature_size, recipe, impl)
-    richest = max(trial.scores, key=RESIDUAL_SCORES.index)
-    return Pipeline(backbone, model, data.image_size, recipe.precision, richest).to(device)
+    return Pipeline(backbone, model, data.image_size, recipe.precision, "l2").to(device)
 
 
 def _trained_and_watched(tokens: NDArray, recipe: Recipe) -> tuple[NDArray, NDArray]:
@@ -195,12 +193,22 @@ def _read_finished(path: Path, identity: dict[str, Any]) -> list[dict[str, Any]]
 
 def _measure(pipeline: Pipeline, data: StudyData, trial: Trial) -> list[dict[str, Any]]:
     """Rows of one evaluation, without the training's figures."""
-    fit_residual_score(pipeline, data.train_tokens)
+    classes = sorted({sample.class_name for sample in data.train})
+    fields = len(classes) + 1 if len(classes) > 1 else 1
+    size = pipeline.model.feature_size
+    scores = {
+        kind: ResidualScore(kind, pipeline.backbone.deepest, size, fields).to(pipeline.device) for kind in trial.scores
+    }
+    numbers = np.array([classes.index(sample.class_name) for sample in data.train])
+    for one in scores.values():
+        fit_residual_score(one, pipeline, [data.train_tokens], numbers, trial.seed)
+    told = torch.tensor([classes.index(sample.class_name) for sample in data.test])
     parts: dict[str, list[torch.Tensor]] = {score: [] for score in trial.scores}
     for start in range(0, len(data.test), _BATCH):
         residual = pipeline.residual(torch.from_numpy(np.array(data.test_tokens[start : start + _BATCH])))
+        own = told[start : start + _BATCH].to(pipeline.device)
         for score in trial.scores:
-            parts[score].append(pipeline.residual_score.norm(residual, score).cpu())
+            parts[score].append(scores[score](residual, own).cpu())
     rows: list[dict[str, Any]] = []
     for score in trial.scores:
         score_maps = torch.cat(parts[score])

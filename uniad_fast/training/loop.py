@@ -145,7 +145,6 @@ def _identity(run: dict[str, Any], recipe: Recipe, seed: int, images: int, devic
     """What a checkpoint of this run is recognised by (JSON values)."""
     content = json.loads(json.dumps({**run, "recipe": asdict(recipe), "seed": seed, "images": images}))
     content["bfloat16"] = computes_in_bfloat16(recipe.precision, device)
-    content["optimizer"] = optimization.optimizer_name(recipe, device)
     return content
 
 

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UniadFastError
-from ..models.precision import computes_in_bfloat16
 from .recipes import Recipe
 
 _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss}
@@ -20,35 +19,24 @@ def loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
     return _LOSSES[recipe.loss]
 
 
-def optimizer_name(recipe: Recipe, device: torch.device) -> str:
-    """ "adamw" or "muon", whichever the recipe's word means on this device.
-
-    Raises:
-        UniadFastError: another name, or Muon with a torch that has none.
-    """
-    if recipe.optimizer not in ("adamw", "muon", "auto"):
-        raise UniadFastError(f"optimizer must be 'adamw', 'muon' or 'auto', got {recipe.optimizer!r}")
-    there = hasattr(torch.optim, "Muon")
-    if recipe.optimizer == "auto":
-        return "muon" if there and computes_in_bfloat16("auto", device) else "adamw"
-    if recipe.optimizer == "muon" and not there:
+def check_optimizer(recipe: Recipe) -> None:
+    """UniadFastError for an optimizer that there is not, or not in this torch."""
+    if recipe.optimizer not in ("adamw", "muon"):
+        raise UniadFastError(f"optimizer must be 'adamw' or 'muon', got {recipe.optimizer!r}")
+    if recipe.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         raise UniadFastError(f"optimizer 'muon' needs torch 2.9 or newer, this is {torch.__version__}")
-    return recipe.optimizer
 
 
 def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Those that a step steps, each with parameters of its own.
-
-    Raises:
-        UniadFastError: see `optimizer_name`.
-    """
+    """Those that a step steps, each with parameters of its own; raises as `check_optimizer` does."""
+    check_optimizer(recipe)
     rate, decay = recipe.learning_rate, recipe.weight_decay
 
     def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
 
     parameters = dict(model.named_parameters())
-    if optimizer_name(recipe, next(iter(parameters.values())).device) == "adamw":
+    if recipe.optimizer == "adamw":
         return [adamw(list(parameters.values()))]
     # Muon is meant for matrices between hidden layers: not for embeddings, nor for the first layer and the last.
     outer = ("input_proj", "output_proj")

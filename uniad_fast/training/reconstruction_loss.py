@@ -20,6 +20,7 @@ class ReconstructionLoss(nn.Module):
         mean, std: per channel, [C], of the backbone's features.
         loss: (reconstruction, target) -> scalar.
         precision: in which the network computes, see `uniad_fast.models.precision`.
+        locations: bool [N], those whose reconstruction counts; None for all.
     """
 
     mean: Tensor
@@ -32,11 +33,13 @@ class ReconstructionLoss(nn.Module):
         std: Tensor,
         loss: Callable[[Tensor, Tensor], Tensor],
         precision: str = "float32",
+        locations: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
         self.precision = precision
+        self.locations = locations
         device = next(model.parameters()).device
         self.register_buffer("mean", mean.to(device))
         self.register_buffer("std", std.to(device))
@@ -47,7 +50,10 @@ class ReconstructionLoss(nn.Module):
         target = (tokens.to(device) - self.mean) / self.std
         with autocast(self.precision, device):
             reconstruction = self.model.reconstruct(target)
-        return self.loss(reconstruction.float(), target)
+        reconstruction = reconstruction.float()
+        if self.locations is not None:
+            reconstruction, target = reconstruction[:, self.locations], target[:, self.locations]
+        return self.loss(reconstruction, target)
 
 
 def channel_statistics(tokens: NDArray) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,276 @@
+"""From good images to a trained, fitted and calibrated detector: what `AnomalyDetector.fit` and `add` do."""
+
+import contextlib
+import dataclasses
+import os
+import platform
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..data.feature_cache import Features, cached_features
+from ..data.samples import DataError, Sample
+from ..models.backbone import Backbone
+from ..models.precision import computes_in_bfloat16
+from ..printable import printable
+from ..training.loop import epochs_and_steps, seeded_generators
+from ..training.recipes import Recipe
+from ..training.run_files import Diverged, RunFiles
+from .calibration import Calibration, batches, calibrate
+from .class_recognizer import fit_recognizer
+from .fitting import (
+    UnseenMaps,
+    fit_residual_score,
+    new_backbone,
+    new_model,
+    new_pipeline,
+    pooled_features,
+    score_maps_of,
+    train_pipeline,
+)
+from .good_images import training_split
+from .pipeline import Pipeline
+from .settings import DetectorSettings
+from .trained import Recognition, Trained
+
+_ADDED_SHARE = 0.2  # of the steps that training anew would take
+_BY_HEART = 3.0  # standard errors by which images that the network has not seen may score higher than those it has
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What belongs to one machine: device, implementation, folder of features, file of the backbone's weights."""
+
+    device: torch.device
+    impl: str | None = None
+    cache_dir: str | os.PathLike | None = None
+    backbone_weights: str | os.PathLike | None = None
+    quiet: bool = False
+
+    def features(self, backbone: Backbone, image_size: int, samples: Sequence[Sample], what: str) -> Features:
+        """Of these samples, from the cache or extracted into it."""
+        paths = [sample.path for sample in samples]
+        return cached_features(backbone, image_size, paths, self.cache_dir, what, self.quiet)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where log and checkpoints of a training are kept (None: nowhere), whether it goes on, and how often it saves."""
+
+    work_dir: str | os.PathLike | None = None
+    resume: bool = False
+    checkpoint_seconds: float = 60.0
+
+
+class Learned(NamedTuple):
+    """A detector, and messages about images that were left out, or not seen quite as they are."""
+
+    trained: Trained
+    unreadable: list[str]
+    notes: list[str]
+
+
+class _Good(NamedTuple):
+    """Good images that could be read: to train on, and held out; their features, and the numbers of their classes."""
+
+    kept: list[Sample]
+    held_out: list[Sample]
+    features: tuple[Features, Features]
+    classes: tuple[str, ...]
+    numbers: NDArray
+
+    @property
+    def parts(self) -> list[NDArray]:
+        return [features.tokens for features in self.features]
+
+
+def learn(
+    settings: DetectorSettings,
+    samples: list[Sample],
+    where: Surroundings,
+    run: Run,
+    before: Trained | None = None,
+    roi: Tensor | None = None,
+) -> Learned:
+    """Train on good images, fit scores to them, and set the threshold from them.
+
+    Args:
+        before: a detector to go on from, in a fifth of the steps; its classes must all be among the samples'.
+        roi: bool [image_size, image_size], where images are looked at; None is everywhere, or where `before` does.
+
+    Raises:
+        DataError: fewer than two readable good images, or a class of `before` has none.
+        The others as `AnomalyDetector.fit` does.
+    """
+    if before is not None and not before.classes:
+        raise DataError("this detector does not know which classes it was trained on: train anew")
+    kept, held_out = training_split(samples, settings.held_out, settings.seed)
+    if before is None:
+        backbone = new_backbone(settings, where.backbone_weights).to(where.device)
+    else:
+        backbone = before.pipeline.backbone
+    good, unreadable, notes = _read(settings, backbone, kept, held_out, where)
+    if before is not None and (gone := sorted(set(before.classes) - set(good.classes))):
+        raise DataError(
+            f"no good image of {', '.join(map(printable, gone))}, which the detector knows: it would forget what it is "
+            "not shown again. Give the images of all classes, the old ones too; their features are in the cache"
+        )
+    recipe = settings.recipe if before is None else _shorter(settings.recipe, len(good.parts[0]))
+    pipeline = _new_pipeline(settings, backbone, len(good.classes), where, before)
+    pipeline.roi = roi.to(where.device) if roi is not None else before.pipeline.roi if before is not None else None
+    log = _train(pipeline, good, settings, recipe, run, where)
+    calibration, recognition = _fit_to(pipeline, good, settings)
+    trained_with = _machine(recipe, where.device)
+    content = (settings, pipeline.eval(), calibration, good.classes, recognition, trained_with, log)
+    return Learned(Trained(*content), unreadable, notes)
+
+
+def recalibrated(trained: Trained, samples: list[Sample], where: Surroundings) -> tuple[Trained, Features]:
+    """The detector with scales, threshold and colours from other good images, and their features.
+
+    An image whose class it does not know is measured as the class that it recognizes. A class without an image keeps to
+    what the others have in common.
+
+    Raises:
+        DataError: no readable image.
+        UniadFastError: a score is not finite.
+    """
+    settings, pipeline = trained.settings, trained.pipeline
+    found = where.features(pipeline.backbone, settings.image_size, samples, "features of good images")
+    if not len(found.tokens):
+        raise DataError("calibration needs a readable good image" + "".join(f"\n  {m}" for m in found.unreadable))
+    numbers = {name: number for number, name in enumerate(trained.classes)}
+    told = [numbers.get(samples[row].class_name) for row in found.used]
+    fields = _fields_of(pipeline, found.tokens, told)
+    maps = _maps_by_field(pipeline, found.tokens, fields)
+    rates = (settings.image_score, settings.false_alarm_rate)
+    calibration = calibrate([one.score_maps for one in maps], pipeline.enlarge, *rates)
+    return trained._replace(calibration=calibration), found
+
+
+def _read(
+    settings: DetectorSettings,
+    backbone: Backbone,
+    kept: list[Sample],
+    held_out: list[Sample],
+    where: Surroundings,
+) -> tuple[_Good, list[str], list[str]]:
+    size = settings.image_size
+    good = where.features(backbone, size, kept, "features of good images")
+    unseen = where.features(backbone, size, held_out, "features of held-out good images")
+    unreadable = good.unreadable + unseen.unreadable
+    if not len(good.tokens) or not len(unseen.tokens):
+        raise DataError(
+            f"training needs at least two readable good images, of {len(kept) + len(held_out)} listed "
+            f"{len(unreadable)} could not be read" + "".join(f"\n  {m}" for m in unreadable[:10])
+        )
+    readable = [kept[row] for row in good.used], [held_out[row] for row in unseen.used]
+    names = [sample.class_name for part in readable for sample in part]
+    classes = tuple(sorted(set(names)))
+    numbers = np.array([classes.index(name) for name in names])
+    return _Good(*readable, (good, unseen), classes, numbers), unreadable, good.notes + unseen.notes
+
+
+def _new_pipeline(
+    settings: DetectorSettings, backbone: Backbone, classes: int, where: Surroundings, before: Trained | None
+) -> Pipeline:
+    with seeded_generators(settings.seed, where.device):
+        model = new_model(settings, backbone, backbone.feature_size(settings.image_size), where.impl)
+    pipeline = new_pipeline(settings, backbone, model, classes).to(where.device)
+    if before is not None:
+        model.load_state_dict(before.pipeline.model.state_dict())
+        pipeline.mean, pipeline.std = before.pipeline.mean.clone(), before.pipeline.std.clone()
+    return pipeline
+
+
+def _shorter(recipe: Recipe, images: int) -> Recipe:
+    """A fifth of it, in whole epochs."""
+    epochs, _ = epochs_and_steps(images, recipe)
+    return dataclasses.replace(recipe, epochs=max(1, round(_ADDED_SHARE * epochs)), min_steps=0)
+
+
+def _train(
+    pipeline: Pipeline, good: _Good, settings: DetectorSettings, recipe: Recipe, run: Run, where: Surroundings
+) -> str:
+    """The training's log."""
+    identity = {
+        "features": good.features[0].key,
+        "image_size": settings.image_size,
+        "architecture": dataclasses.asdict(settings.architecture),
+    }
+    with contextlib.ExitStack() as stack:
+        directory = run.work_dir or stack.enter_context(tempfile.TemporaryDirectory())
+        files = RunFiles(directory, identity, run.resume, run.checkpoint_seconds)
+        options: dict[str, Any] = {"validation": good.parts[1], "quiet": where.quiet}
+        try:
+            train_pipeline(pipeline, good.parts[0], recipe, settings.seed, files, **options)
+        except Diverged as error:
+            raise error.with_names([good.kept[row].path for row in error.rows]) from None
+        return files.path("log.csv").read_text(encoding="utf-8")
+
+
+def _fit_to(pipeline: Pipeline, good: _Good, settings: DetectorSettings) -> tuple[Calibration, Recognition | None]:
+    recognition = None
+    if pipeline.recognizer is not None:
+        found = fit_recognizer(pipeline.recognizer, pooled_features(pipeline, good.parts), good.numbers, settings.seed)
+        recognition = Recognition(found[2], found[0], found[1])
+    maps = fit_residual_score(pipeline.residual_score, pipeline, good.parts, good.numbers, settings.seed)
+    trained_on = len(good.kept)
+    if maps is None:  # fitted to what was trained on: the others alone have had no part in it
+        maps = _maps_by_field(pipeline, good.parts[1], good.numbers[trained_on:])
+    elif _learnt_by_heart(maps[: len(good.classes)], trained_on):
+        maps = [UnseenMaps(one.rows[late], one.score_maps[late]) for one in maps for late in [one.rows >= trained_on]]
+    rates = (settings.image_score, settings.false_alarm_rate)
+    return calibrate([one.score_maps for one in maps], pipeline.enlarge, *rates), recognition
+
+
+def _learnt_by_heart(maps: Sequence[UnseenMaps], trained_on: int) -> bool:
+    """Whether images that the network was not trained on score higher, class by class, by more than chance."""
+    difference = variance = 0.0
+    for one in maps:
+        scores = one.score_maps.amax(dim=(1, 2)).double().numpy()
+        late = one.rows >= trained_on
+        if min(late.sum(), (~late).sum()) < 2:
+            continue
+        weight = float(late.sum())
+        difference += weight * float(scores[late].mean() - scores[~late].mean())
+        variance += weight**2 * float(scores.var(ddof=1) * (1 / late.sum() + 1 / (~late).sum()))
+    return difference > _BY_HEART * variance**0.5
+
+
+def _fields_of(pipeline: Pipeline, tokens: NDArray, told: Sequence[int | None]) -> NDArray:
+    parts, start = [np.zeros(0, np.int64)], 0
+    for batch in batches(tokens):
+        parts.append(pipeline.fields_of(batch, told[start : start + len(batch)]).cpu().numpy())
+        start += len(batch)
+    return np.concatenate(parts)
+
+
+def _maps_by_field(pipeline: Pipeline, tokens: NDArray, fields: NDArray) -> list[UnseenMaps]:
+    """Of each field its own images; of the last one of several all, as they are measured without their class."""
+    maps = score_maps_of(pipeline, tokens, fields)
+    parts = [UnseenMaps(rows, maps[rows]) for k in range(pipeline.fields) for rows in [np.flatnonzero(fields == k)]]
+    if pipeline.fields > 1:
+        together = np.full(len(fields), pipeline.fields - 1)
+        parts[-1] = UnseenMaps(np.arange(len(fields)), score_maps_of(pipeline, tokens, together))
+    return parts
+
+
+def _machine(recipe: Recipe, device: torch.device) -> dict[str, str]:
+    """What the recipe left to the machine, and the machine."""
+    precision = "bfloat16" if computes_in_bfloat16(recipe.precision, device) else "float32"
+    return {
+        "optimizer": recipe.optimizer,
+        "precision": precision,
+        "device": str(device),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+    }
