@@ -1,5 +1,7 @@
 """Thresholds that hold their rate, with many good images and with few; scales on which all classes mean the same."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -105,7 +107,7 @@ def test_classes_of_few_images_lean_on_the_others():
 def test_no_score_is_measured_by_a_scale_that_it_had_a_part_in():
     rng = np.random.default_rng(0)
     group = rng.normal(size=6)
-    for row, found in enumerate(scores_unseen([group])):
+    for row, found in enumerate(scores_unseen([group])[0]):
         others = np.delete(group, row)
         low, middle, high = np.quantile(others, (0.25, 0.5, 0.75))
         assert found == pytest.approx((group[row] - middle) / (high - low) * 1.349)
@@ -114,7 +116,7 @@ def test_no_score_is_measured_by_a_scale_that_it_had_a_part_in():
         groups = [rng.normal(k, 1 + k, 5) for k in range(4)]
         scale, k = fit_scale(groups), rng.integers(4)
         new = (rng.normal(k, 1 + k) - scale.centers[k]) / scale.spreads[k]
-        held.append(new > threshold_for(scores_unseen(groups), 0.1).value)
+        held.append(new > threshold_for(np.concatenate(scores_unseen(groups)), 0.1).value)
     assert np.mean(held) < 0.14
 
 
@@ -129,7 +131,9 @@ def test_good_images_of_all_classes_come_out_alike(image_score):
         above = np.mean(np.array(scores) > found.threshold.value)
         assert above < 0.12
     assert found.images == (60, 60, 60, 180) and found.good_images == 180
-    assert found == type(found).from_json(found.to_json())
+    assert found == type(found).from_json(json.loads(json.dumps(found.to_json())))
+    assert found.threshold_at(0.05).value == pytest.approx(found.threshold.value, abs=1e-5)
+    assert found.threshold_at(0.01).value > found.threshold.value > found.threshold_at(0.3).value
     raw = to_maps(maps[1][:1], 32)[0].numpy()
     if image_score == "max":
         pooled = image_scores(torch.from_numpy(found.of_map(raw, 1))[None], "max").item()

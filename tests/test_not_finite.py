@@ -99,7 +99,7 @@ SCALE = Scale((1.0, 2.0, 1.5), (0.1, 0.2, 0.3))
 THRESHOLD = dict(value=1.0, rate=0.1, interval=(0.05, 0.2), extrapolated=False)
 GOOD = dict(
     threshold=Threshold(**THRESHOLD), pixel_threshold=2.0, color_range=(0.0, 1.0), scores=SCALE, maps=SCALE,
-    images=(3, 4, 7),
+    images=(3, 4, 7), good_scores=((0.0, 1.0, 2.0), (0.5,) * 4),
 )  # fmt: skip
 
 
@@ -107,8 +107,10 @@ GOOD = dict(
     "change",
     [dict(pixel_threshold=NAN), dict(pixel_threshold="x"), dict(pixel_threshold=True), dict(pixel_threshold=None),
      dict(color_range=(0.0, NAN)), dict(color_range=(2.0, 1.0)), dict(color_range=("a", "b")),
-     dict(images=(0, 0, 0)), dict(images=(3, 4)), dict(images=(3, 4, -1)), dict(images=(3, 4, 7.0)),
-     dict(scores=Scale((1.0, NAN, 1.0), (1.0, 1.0, 1.0))), dict(maps=Scale((1.0, 1.0, 1.0), (1.0, 0.0, 1.0)))],
+     dict(images=(0, 0, 0)), dict(good_scores=((NAN,), ())),
+     dict(images=(3, 4)), dict(images=(3, 4, -1)),
+     dict(images=(3, 4, 7.0)), dict(scores=Scale((1.0, NAN, 1.0), (1.0, 1.0, 1.0))), dict(maps=Scale((1.0, 1.0, 1.0),
+     (1.0, 0.0, 1.0)))],
     ids=str,
 )  # fmt: skip
 def test_figures_of_good_images_are_finite(change):

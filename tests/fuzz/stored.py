@@ -48,7 +48,8 @@ def _detector() -> AnomalyDetector:
     model = new_model(detector.settings, frozen, frozen.feature_size(32), None)
     pipeline = new_pipeline(detector.settings, frozen, model, 2).eval()
     scale = Scale((3.0, 4.0, 5.0), (1.0, 1.0, 2.0))
-    calibration = Calibration(Threshold(3.5, 0.1, (0.05, 0.2), False), 4.5, (0.0, 2.0), scale, scale, (9, 3, 12))
+    threshold, good_scores = Threshold(3.5, 0.1, (0.05, 0.2), False), ((0.5,) * 9, (1.0,) * 3)
+    calibration = Calibration(threshold, 4.5, (0.0, 2.0), scale, scale, (9, 3, 12), good_scores)
     recognition = Recognition(12, 0, 1)
     detector._trained = Trained(detector.settings, pipeline, calibration, ("cup", "lid"), recognition, {"torch": "2"})
     return detector

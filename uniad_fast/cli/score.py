@@ -31,6 +31,9 @@ def score(
     images: Annotated[list[str], typer.Argument(help="Image files, and folders of them.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for scores.csv, scores.jsonl and heatmaps/.")],
     threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's.")] = None,
+    false_alarm_rate: Annotated[
+        float | None, typer.Option(help="Threshold for this share of good images, instead of the bundle's.")
+    ] = None,
     class_name: Annotated[
         str | None, typer.Option("--class", metavar="NAME", help="Of all images. Default: it is recognized.")
     ] = None,
@@ -55,6 +58,8 @@ def score(
         raise UniadFastError(f"--threshold must be a finite number, got {threshold}")
     if "" in images:
         raise DataError("the name of an image is empty")
+    if threshold is not None and false_alarm_rate is not None:
+        raise UniadFastError("--false-alarm-rate sets a threshold, and so does --threshold: give one of them")
     if class_name is not None and class_from == "folder":
         raise UniadFastError("--class says the class of all images: give it, or --class-from folder")
     check_folder(output)
@@ -64,7 +69,7 @@ def score(
             f"{bundle} has no threshold and no colours: convert it with --good GOOD_IMAGES, "
             "or give --threshold and --no-heat-maps"
         )
-    limit = detector.calibration.threshold.value if threshold is None else threshold
+    limit = _limit(detector, threshold, false_alarm_rate)
     if roi is not None:
         detector.look_at(roi)
     named, notes = _named(detector, images, output, class_name, class_from)
@@ -77,6 +82,13 @@ def score(
     if found.unreadable or found.not_drawn:
         raise typer.Exit(INCOMPLETE)
     raise typer.Exit(DEFECTIVE if found.defective else 0)
+
+
+def _limit(detector: AnomalyDetector, threshold: float | None, false_alarm_rate: float | None) -> float:
+    if threshold is not None:
+        return threshold
+    calibration = detector.calibration
+    return (calibration.threshold if false_alarm_rate is None else calibration.threshold_at(false_alarm_rate)).value
 
 
 def _named(

@@ -47,6 +47,11 @@ _TRAINING, _LOCK = "uniad_fast training", "lock"
 _IN_TRAINING = {_TRAINING, _LOCK, "checkpoint.pt", "log.csv"}
 
 
+_AddTo = Annotated[
+    Path | None, typer.Option(metavar="BUNDLE", help="Go on from this bundle; DATA has its classes and new ones.")
+]
+
+
 def train(
     context: typer.Context,
     data: DataArgument,
@@ -71,10 +76,7 @@ def train(
     false_alarm_rate: FalseAlarmRate = 0.01,
     held_out: Annotated[float, typer.Option(help="Share of the good images kept back to set the threshold.")] = 0.1,
     roi: Roi = None,
-    add_to: Annotated[
-        Path | None,
-        typer.Option(metavar="BUNDLE", help="Go on from this bundle; DATA has its classes and new ones."),
-    ] = None,
+    add_to: _AddTo = None,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of this command.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw an interrupted run away.")] = False,
@@ -93,26 +95,16 @@ def train(
     if resume and restart:
         raise UniadFastError("--resume goes on with a run and --restart drops it: give one of them")
     if add_to is not None:
-        _refuse_what_the_bundle_says(context)
-        detector = AnomalyDetector.load(add_to, device)
-        detector.cache_dir = cache
+        detector = _going_on(context, add_to, device, cache)
     else:
         detector = AnomalyDetector(
-            backbone,
-            image_size,
-            backbone_weights=backbone_weights,
-            recipe=RECIPES[recipe].with_epochs(epochs),
-            residual_score=residual_score or "",
-            image_score=image_score,
-            false_alarm_rate=false_alarm_rate,
-            held_out=held_out,
-            seed=seed,
-            device=device,
-            cache_dir=cache,
-        )
+            backbone, image_size, backbone_weights=backbone_weights, recipe=RECIPES[recipe].with_epochs(epochs),
+            residual_score=residual_score or "", image_score=image_score, false_alarm_rate=false_alarm_rate,
+            held_out=held_out, seed=seed, device=device, cache_dir=cache,
+        )  # fmt: skip
     if roi is not None:
         detector.look_at(roi)
-    dataset = load_dataset(data, image_root, seed, all_good)
+    dataset = load_dataset(data, image_root, detector.settings.seed, all_good)
     if not dataset.train:
         raise DataError(f"{data} has no good image to learn from")
     show_data(dataset)
@@ -122,8 +114,8 @@ def train(
     finish(detector.unreadable)
 
 
-def _refuse_what_the_bundle_says(context: typer.Context) -> None:
-    """UniadFastError for options beside --add-to that are the bundle's to say."""
+def _going_on(context: typer.Context, bundle: Path, device: str | None, cache: Path | None) -> AnomalyDetector:
+    """The detector to go on from; UniadFastError for options that are its bundle's to say."""
     given = [
         f"--{name.replace('_', '-')}"
         for name in _THE_BUNDLE_S
@@ -131,6 +123,9 @@ def _refuse_what_the_bundle_says(context: typer.Context) -> None:
     ]
     if given:
         raise UniadFastError(f"--add-to goes on as its bundle was trained: {', '.join(given)} would not be followed")
+    detector = AnomalyDetector.load(bundle, device)
+    detector.cache_dir = cache
+    return detector
 
 
 def _say_how_to_test(bundle: Path, data: str, image_root: Path | None) -> None:

@@ -17,7 +17,7 @@ from ..printable import printable
 from ..state_dicts import StateDict
 
 FORMAT = "uniad_fast bundle"
-VERSION = 3
+VERSION = 4
 _LONGEST_NAME = 180  # in bytes: file systems take 255, and temporary names are longer
 _TENSORS, _CONFIG, _LOG = "model.safetensors", "config.json", "training.csv"
 

@@ -18,6 +18,7 @@ from .tail import Threshold, threshold_for
 
 _BATCH = 32
 _COLOR_IMAGES = 256
+_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Calibration:
         color_range: map values between which heat maps are coloured, the same for every image.
         scores, maps: from raw image scores, and from values of raw maps, to standard deviations, for each field.
         images: how many good images each field had; the last one's of several are the others' again.
+        good_scores: of each class's good images, as they were when they had no part in what they were measured by.
 
     Raises:
         UniadFastError: a figure is not finite, or out of range.
@@ -45,6 +47,7 @@ class Calibration:
     scores: Scale
     maps: Scale
     images: tuple[int, ...]
+    good_scores: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
         low, high = self.color_range
@@ -53,6 +56,7 @@ class Calibration:
             numbers += [*scale.centers, *scale.spreads]
             if not len(scale.centers) == len(scale.spreads) == len(self.images):
                 raise UniadFastError(f"the figures of good images are not of as many classes: {self}")
+        numbers += [score for scores in self.good_scores for score in scores]
         if not all(_is_number(number) for number in numbers):
             raise UniadFastError(f"the figures of good images are not all finite numbers: {self}")
         positive = all(spread > 0 for spread in (*self.scores.spreads, *self.maps.spreads))
@@ -64,6 +68,10 @@ class Calibration:
     def good_images(self) -> int:
         """How many good images it was set from."""
         return sum(self.images[:-1]) if len(self.images) > 1 else self.images[0]
+
+    def threshold_at(self, false_alarm_rate: float) -> Threshold:
+        """The threshold for another rate; raises as `threshold_for` does."""
+        return threshold_for([score for scores in self.good_scores for score in scores], false_alarm_rate)
 
     def of_score(self, score: float, field: int) -> float:
         """A raw image score in standard deviations."""
@@ -91,6 +99,7 @@ class Calibration:
                 content
                 | {"threshold": Threshold(**(threshold | {"interval": interval}))}
                 | {"color_range": (low, high), "images": tuple(content["images"])}
+                | {"good_scores": tuple(tuple(scores) for scores in content["good_scores"])}
                 | scales
             )
         )
@@ -123,13 +132,15 @@ def calibrate(
         raise UniadFastError("the maps of good images are all zero: no colours can be set")
     # Good pixels stay in the lower half of the colours: the range goes twice as far as nearly all of them do.
     typical, high = (float(q) for q in np.quantile(np.concatenate(pixels), (0.5, 0.999)))
+    good_scores = scores_unseen([one.scores for one in told])
     return Calibration(
-        threshold_for(scores_unseen([one.scores for one in told]), false_alarm_rate),
+        threshold_for(np.concatenate(good_scores), false_alarm_rate),
         threshold_for(np.concatenate(peaks), false_alarm_rate).value,
         (typical, typical + 2 * (high - typical)),
         scores,
         maps,
         tuple(len(one.scores) for one in found),
+        tuple(tuple(round(float(score), _DIGITS) for score in scores) for scores in good_scores),
     )
 
 

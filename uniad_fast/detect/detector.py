@@ -30,9 +30,6 @@ from .public_config import read_config
 from .settings import DetectorSettings
 from .trained import Trained, load_trained, save_trained
 
-_NOT_CALIBRATED = "this detector has no threshold: call calibrate() with good images"
-_NOT_TRAINED = "this detector is not trained: call fit(), or AnomalyDetector.load()"
-
 
 class AnomalyDetector:
     """Finds and locates defects with one model for many classes, trained from good images only.
@@ -154,8 +151,8 @@ class AnomalyDetector:
         return self
 
     def _learn(self, samples: list[Sample], run: Run, quiet: bool, before: Trained | None) -> None:
-        found = learn(self.settings, samples, self._surroundings(quiet), run, before, self._roi)
-        self._trained, self.unreadable, self.notes = found
+        where = self._surroundings(quiet)
+        self._trained, self.unreadable, self.notes = learn(self.settings, samples, where, run, before, self._roi)
 
     def calibrate(
         self, data: GoodImages, *, false_alarm_rate: float | None = None, quiet: bool = False
@@ -197,7 +194,7 @@ class AnomalyDetector:
         """Scales, threshold and colours, from good images; RuntimeError where there are none."""
         found = self.trained.calibration
         if found is None:
-            raise RuntimeError(_NOT_CALIBRATED)
+            raise RuntimeError("this detector has no threshold: call calibrate() with good images")
         return found
 
     @property
@@ -259,7 +256,7 @@ class AnomalyDetector:
         return judge_maps(maps, fields, known.names, known.settings.image_score, known.calibration, threshold, sizes)
 
     def look_at(self, roi: str | os.PathLike | NDArray) -> "AnomalyDetector":
-        """Look at a part of each image alone, in `fit` and all that comes after; returns self. See `read_roi`."""
+        """Look at a part of each image alone, from now on, as `read_roi` takes it; returns self."""
         self._roi = torch.from_numpy(read_roi(roi, self.settings.image_size))
         if self._trained is not None:
             self.pipeline.roi = self._roi.to(self.device)
@@ -295,7 +292,7 @@ class AnomalyDetector:
     def trained(self) -> Trained:
         """What it has learnt; RuntimeError before `fit` or `load`."""
         if self._trained is None:
-            raise RuntimeError(_NOT_TRAINED)
+            raise RuntimeError("this detector is not trained: call fit(), or AnomalyDetector.load()")
         return self._trained
 
     def _surroundings(self, quiet: bool) -> Surroundings:

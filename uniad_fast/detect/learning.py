@@ -190,9 +190,9 @@ def _new_pipeline(
 
 
 def _shorter(recipe: Recipe, images: int) -> Recipe:
-    """A fifth of it, in whole epochs."""
+    """A fifth of it, in whole epochs, in the units that the network has learnt to see."""
     epochs, _ = epochs_and_steps(images, recipe)
-    return dataclasses.replace(recipe, epochs=max(1, round(_ADDED_SHARE * epochs)), min_steps=0)
+    return dataclasses.replace(recipe, epochs=max(1, round(_ADDED_SHARE * epochs)), min_steps=0, standardize=False)
 
 
 def _train(

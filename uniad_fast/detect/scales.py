@@ -67,15 +67,16 @@ def joined(scales: Sequence[Scale]) -> Scale:
     return Scale(centers, tuple(spread for scale in scales for spread in scale.spreads))
 
 
-def scores_unseen(groups: Sequence[NDArray]) -> NDArray:
+def scores_unseen(groups: Sequence[NDArray]) -> list[NDArray]:
     """All scores on the scale of `fit_scale`, each on one to which it had no part itself, but for what is common."""
     common = _common(groups)
-    found = [np.zeros(0)]
+    found = []
     for group in groups:
-        for row, score in enumerate(group):
-            center, spread = common.drawn(np.delete(group, row))
-            found.append(np.array([(score - center) / spread]))
-    return np.concatenate(found)
+        others = [common.drawn(np.delete(group, row)) for row in range(len(group))]
+        found.append(
+            np.array([(score - center) / spread for score, (center, spread) in zip(group, others, strict=True)])
+        )
+    return found
 
 
 def _common(groups: Sequence[NDArray]) -> _Common:
