@@ -9,10 +9,11 @@ from PIL import Image
 
 from uniad_fast.data.datasets import load_dataset
 from uniad_fast.data.masks import read_mask
-from uniad_fast.studies import textures
+from uniad_fast.studies import objects, textures
 from uniad_fast.studies.digits import NORMAL_SETS, write_digits
 from uniad_fast.studies.extra import MissingPackageError
-from uniad_fast.studies.textures import DEFECTS, SIZE, SOURCES, Source, write_textures
+from uniad_fast.studies.painting import SIZE
+from uniad_fast.studies.textures import DEFECTS, SOURCES, Source, write_textures
 
 FEW = dict(train_images=3, good_images=2, defective_images=1, quiet=True)
 
@@ -59,6 +60,36 @@ def test_nothing_changes_outside_of_a_mask_and_most_does_inside(kind):
         assert changed[mask > 0].mean() > 0.9
 
 
+def test_objects_lie_in_the_same_position_in_every_image(tmp_path):
+    objects.write_objects(tmp_path / "a", **FEW)
+    dataset = load_dataset(tmp_path / "a")
+    assert {s.class_name for s in dataset.train} == set(objects.PHOTOGRAPHS)
+    assert len(dataset.train) == 3 * len(objects.PHOTOGRAPHS)
+    takes = {
+        name: [np.asarray(Image.open(s.path), float) for s in dataset.train if s.class_name == name]
+        for name in ("cat", "coffee")
+    }
+    for own, other in (("cat", "coffee"), ("coffee", "cat")):
+        first, second = takes[own][:2]
+        assert np.abs(first - second).mean() > 3  # no take is another's copy
+        assert np.corrcoef(first.ravel(), second.ravel())[0, 1] > 0.7
+        assert np.corrcoef(first.ravel(), takes[other][0].ravel())[0, 1] < 0.5
+    objects.write_objects(tmp_path / "b", **FEW)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
+@pytest.mark.parametrize("kind", objects.DEFECTS)
+def test_a_spoilt_object_is_spoilt_where_the_mask_is(kind):
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        good = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+        before = good.copy()
+        spoilt, mask = objects.DEFECTS[kind](good, rng)
+        assert set(np.unique(mask)) == {0, 255} and (good == before).all()
+        changed = (spoilt != good).any(axis=2)
+        assert not changed[mask == 0].any() and changed[mask > 0].mean() > 0.9
+
+
 def test_training_and_test_share_no_pixel(tmp_path, monkeypatch):
     """Every pixel of the source says where it is from."""
     rows, cols = np.meshgrid(np.arange(256), np.arange(512), indexing="ij")
@@ -83,7 +114,7 @@ def test_an_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
         if len(saved) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(textures, "_save", save)
+    monkeypatch.setattr(textures, "save", save)
     with pytest.raises(KeyboardInterrupt):
         write_textures(tmp_path / "set", **FEW)
     assert not list(tmp_path.iterdir())

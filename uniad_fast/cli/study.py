@@ -15,6 +15,7 @@ from ..studies.data import StudyData
 from ..studies.digits import write_digits
 from ..studies.extra import require
 from ..studies.figures import draw_curves, draw_maps
+from ..studies.objects import write_objects
 from ..studies.study import Study, plan, run_study
 from ..studies.tables import DETECTION, DETECTION_BY_MEAN, final_table, shortcut_table, time_table
 from ..studies.textures import write_textures
@@ -108,6 +109,21 @@ def textures(
 ) -> None:
     """Eight classes of textures and photographs with six kinds of painted defects and exact masks."""
     write_textures(output, train_images, good_images, defective_images, seed, quiet)
+    say(f"wrote {output}")
+
+
+@data_app.command()
+@reports_errors
+def objects(
+    output: Annotated[Path, typer.Argument(help="New folder, in MVTec AD's layout.")],
+    train_images: Annotated[int, typer.Option(min=1, help="Good images to train on, for each class.")] = 48,
+    good_images: Annotated[int, typer.Option(min=1, help="Good images to test on, for each class.")] = 16,
+    defective_images: Annotated[int, typer.Option(min=1, help="For each class and kind of defect.")] = 4,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Eight photographs, each taken again and again as a part in a fixture, with six kinds of defects and masks."""
+    write_objects(output, train_images, good_images, defective_images, seed, quiet)
     say(f"wrote {output}")
 
 

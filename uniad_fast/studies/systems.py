@@ -128,7 +128,7 @@ def recipe_systems(base: Recipe) -> tuple[System, ...]:
         "L1 loss": {"loss": "l1"},
         "dropout 0.1": {"dropout": 0.1},
         "no jitter": NO_JITTER,
-        "jitter 20": {"jitter_scale": 20.0},
+        "jitter 40": {"jitter_scale": 40.0},
         "float32": {"precision": "float32"},
     }
     return tuple(System(name, changes=change) for name, change in changes.items())

@@ -10,20 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from ..files import atomic_directory
 from ..progress import progress
 from .extra import require
+from .painting import SIZE, Pixels, away_from, paint, save, shape
 
-SIZE = 128
 TRAIN_SHARE = 0.6  # of a source's longer side
 _VISIBLE = 12.0  # mean change under the mask, in grey levels, at which a defect shows
 _TRIES = 20
 
-Pixels = NDArray[np.uint8]
-"""[height, width, 3]."""
 Spoil = Callable[[Pixels, Pixels, np.random.Generator], tuple[Pixels, Pixels]]
 """(good crop, crop of another class, generator) -> (spoilt crop, mask of 0 and 255)."""
 
@@ -87,13 +84,13 @@ def write_textures(
             train, test = parts[name]
             for part, folder, count in ((train, "train/good", train_images), (test, "test/good", good_images)):
                 for index in range(count):
-                    _save(_crop(part, source.crop, rng), root / name / folder / f"{index:03}.png")
+                    save(_crop(part, source.crop, rng), root / name / folder / f"{index:03}.png")
                     bar.update()
             for kind, spoil in DEFECTS.items():
                 for index in range(defective_images):
                     spoilt, mask = _visible(spoil, test, others, source.crop, rng)
-                    _save(spoilt, root / name / "test" / kind / f"{index:03}.png")
-                    _save(mask, root / name / "ground_truth" / kind / f"{index:03}_mask.png")
+                    save(spoilt, root / name / "test" / kind / f"{index:03}.png")
+                    save(mask, root / name / "ground_truth" / kind / f"{index:03}_mask.png")
                     bar.update()
 
 
@@ -130,38 +127,6 @@ def _visible(
     return best[1], best[2]
 
 
-def _save(array: NDArray, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
-
-
-def _shape(rng: np.random.Generator, least: float, most: float) -> NDArray[np.bool_]:
-    """A blob of a random outline, its radius between `least` and `most` pixels, wholly inside."""
-    from skimage.draw import polygon
-
-    radius = rng.uniform(least, most)
-    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-    wobble = sum(rng.uniform(-0.2, 0.2) * np.cos(k * angles + rng.uniform(0, 6.3)) for k in (1, 2, 3))
-    row, col = rng.uniform(1.6 * radius, SIZE - 1.6 * radius, 2)
-    outline = radius * (1 + wobble)
-    rows, cols = polygon(row + outline * np.sin(angles), col + outline * np.cos(angles), (SIZE, SIZE))
-    mask = np.zeros((SIZE, SIZE), dtype=bool)
-    mask[rows, cols] = True
-    return mask
-
-
-def _paint(picture: Pixels, mask: NDArray[np.bool_], paint: NDArray) -> tuple[Pixels, Pixels]:
-    """`paint` (broadcast) where the mask is; (picture, mask as 0 and 255)."""
-    out = np.where(mask[..., None], np.clip(paint, 0, 255), picture).astype(np.uint8)
-    return out, (mask * 255).astype(np.uint8)
-
-
-def _away_from(picture: Pixels, mask: NDArray[np.bool_], rng: np.random.Generator, least: float) -> float:
-    """A grey level that differs from what is under the mask by `least` or more."""
-    under = float(picture[mask].mean())
-    return under + (1 if under < 128 else -1) * rng.uniform(least, least + 60)
-
-
 def _scratch(picture: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
     """A bent line, lighter or darker."""
     from scipy import ndimage
@@ -174,25 +139,25 @@ def _scratch(picture: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[
         mask[line(*point.astype(int), *end.astype(int))] = True
         point, angle = end, angle + rng.uniform(-0.6, 0.6)
     mask = ndimage.binary_dilation(mask, iterations=int(rng.integers(1, 3)))
-    return _paint(picture, mask, np.array(_away_from(picture, mask, rng, 60)))
+    return paint(picture, mask, np.array(away_from(picture, mask, rng, 60)))
 
 
 def _blot(picture: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
     """A stain that covers and lets a little through."""
-    mask = _shape(rng, 8, 16)
-    return _paint(picture, mask, 0.25 * picture + 0.75 * _away_from(picture, mask, rng, 50))
+    mask = shape(rng, 8, 16)
+    return paint(picture, mask, 0.25 * picture + 0.75 * away_from(picture, mask, rng, 50))
 
 
 def _missing(picture: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
     """A part without structure: the mean of what was there, with a little noise."""
-    mask = _shape(rng, 10, 20)
-    return _paint(picture, mask, picture[mask].mean(axis=0) + rng.normal(0, 2, (SIZE, SIZE, 1)))
+    mask = shape(rng, 10, 20)
+    return paint(picture, mask, picture[mask].mean(axis=0) + rng.normal(0, 2, (SIZE, SIZE, 1)))
 
 
 def _contamination(picture: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
     """A piece of another class."""
-    mask = _shape(rng, 10, 20)
-    return _paint(picture, mask, other)
+    mask = shape(rng, 10, 20)
+    return paint(picture, mask, other)
 
 
 def _warp(picture: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
@@ -213,15 +178,15 @@ def _warp(picture: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pix
     )
     mask = ndimage.binary_fill_holes(np.hypot(*(origin - grid)) >= 2)
     moved = np.stack([warp(picture[..., c] / 255, origin, order=1, mode="reflect") for c in range(3)], axis=-1)
-    return _paint(picture, mask, np.round(255 * moved))
+    return paint(picture, mask, np.round(255 * moved))
 
 
 def _misplaced(picture: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
     """A piece of the same image, turned by a quarter and enlarged."""
-    mask = _shape(rng, 10, 18)
+    mask = shape(rng, 10, 18)
     middle = picture[24:104, 24:104]
     turned = Image.fromarray(np.rot90(middle).copy()).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    return _paint(picture, mask, np.asarray(turned))
+    return paint(picture, mask, np.asarray(turned))
 
 
 DEFECTS: dict[str, Spoil] = {
