@@ -8,11 +8,13 @@ import typer
 from ..data.datasets import load_dataset
 from ..data.samples import DataError
 from ..detect import results
+from ..detect.beside import beside
 from ..detect.detector import AnomalyDetector
 from ..detect.evaluation import evaluate
 from .options import (
     ERROR,
     INCOMPLETE,
+    CacheDirectory,
     DataArgument,
     Device,
     ImageRoot,
@@ -40,6 +42,11 @@ def evaluate_command(
         Literal["image", "data"], typer.Option(help="image: the class is recognized, as in use. data: it is told.")
     ] = "image",
     roi: Roi = None,
+    beside_others: Annotated[
+        bool,
+        typer.Option("--beside", help="Also measure what the features alone and a memory of them are worth."),
+    ] = False,
+    cache: CacheDirectory = None,
     seed: Annotated[
         int | None,
         typer.Option(min=0, max=2**63 - 1, help="Of the split, where data bring none. Default: the bundle's."),
@@ -71,6 +78,13 @@ def evaluate_command(
     )
     written = results.write_evaluation(evaluation, output) if output is not None else []
     say(results.evaluation_table(evaluation))
+    if beside_others:
+        detector.cache_dir = cache
+        others = {
+            name: evaluate(other, dataset.test, class_from_data=class_from == "data", quiet=quiet)
+            for name, other in beside(detector, dataset.train, quiet).items()
+        }
+        say("\n" + results.beside_table({"this detector": evaluation, **others}))
     if evaluation.decisions is not None:
         say("\n" + results.decisions_table(evaluation.decisions) + "\n")
     for path in written:

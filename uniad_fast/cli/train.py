@@ -155,7 +155,7 @@ def fit_and_save(
         classes = {sample.class_name for sample in dataset.train}
         say(f"{dataset.name}: {len(dataset.train)} good images of {len(classes)} classes to learn from")
         try:
-            learn = detector.add if detector.is_trained else detector.fit
+            learn = detector.add if detector.classes else detector.fit
             learn(dataset, work_dir=work_dir, resume=resume, quiet=quiet)
             detector.save(output)
         except (Stopped, KeyboardInterrupt):

@@ -100,8 +100,16 @@ class AnomalyDetector:
     def from_parts(cls, backbone: Backbone, model: UniAD, **options: Any) -> "AnomalyDetector":
         """A detector that scores with the L2 norm and has no threshold yet; options are those of `AnomalyDetector`."""
         detector = cls(backbone.name, out_indices=backbone.out_indices, recipe="paper", residual_score="l2", **options)
-        pipeline = new_pipeline(detector.settings, backbone, model).to(detector.device).eval()
-        detector._trained = Trained(detector.settings, pipeline)
+        pipeline = new_pipeline(detector.settings, backbone, model)
+        detector._trained = Trained(detector.settings, pipeline.to(detector.device).eval())
+        return detector
+
+    @classmethod
+    def of(cls, trained: Trained, **options: Any) -> "AnomalyDetector":
+        """A detector that has learnt this; options are `device`, `impl` and `cache_dir`."""
+        detector = cls.from_settings(trained.settings, **options)
+        moved = trained.pipeline if detector.device.type == "cpu" else trained.pipeline.to(detector.device)
+        detector._trained = trained._replace(pipeline=moved.eval())
         return detector
 
     def fit(
@@ -173,11 +181,6 @@ class AnomalyDetector:
         self._trained, found = recalibrated(known, good_samples(data), self._surroundings(quiet))
         self.unreadable, self.notes = found.unreadable, found.notes
         return self
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether it can score images."""
-        return self._trained is not None
 
     @property
     def is_calibrated(self) -> bool:
@@ -282,11 +285,7 @@ class AnomalyDetector:
         """
         usable_device(device)  # before a bundle is blamed
         usable_impl(impl)
-        trained = load_trained(directory, impl)
-        detector = cls.from_settings(trained.settings, device=device, impl=impl)
-        moved = trained.pipeline if detector.device.type == "cpu" else trained.pipeline.to(detector.device)
-        detector._trained = trained._replace(pipeline=moved.eval())
-        return detector
+        return cls.of(load_trained(directory, impl), device=device, impl=impl)
 
     @property
     def trained(self) -> Trained:

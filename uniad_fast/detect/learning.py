@@ -22,25 +22,19 @@ from ..printable import printable
 from ..training.loop import epochs_and_steps, seeded_generators
 from ..training.recipes import Recipe
 from ..training.run_files import Diverged, RunFiles
-from .calibration import Calibration, batches, calibrate
-from .class_recognizer import fit_recognizer
+from .fit_scores import calibrated_by, fields_of, fit_scores
 from .fitting import (
-    UnseenMaps,
-    fit_residual_score,
     new_backbone,
     new_model,
     new_pipeline,
-    pooled_features,
-    score_maps_of,
     train_pipeline,
 )
 from .good_images import training_split
 from .pipeline import Pipeline
 from .settings import DetectorSettings
-from .trained import Recognition, Trained
+from .trained import Trained
 
 _ADDED_SHARE = 0.2  # of the steps that training anew would take
-_BY_HEART = 3.0  # standard errors by which images that the network has not seen may score higher than those it has
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,7 @@ def learn(
     pipeline = _new_pipeline(settings, backbone, len(good.classes), where, before)
     pipeline.roi = roi.to(where.device) if roi is not None else before.pipeline.roi if before is not None else None
     log = _train(pipeline, good, settings, recipe, run, where)
-    calibration, recognition = _fit_to(pipeline, good, settings)
+    calibration, recognition = fit_scores(pipeline, good.parts, good.numbers, settings)
     trained_with = _machine(recipe, where.device)
     content = (settings, pipeline.eval(), calibration, good.classes, recognition, trained_with, log)
     return Learned(Trained(*content), unreadable, notes)
@@ -147,11 +141,8 @@ def recalibrated(trained: Trained, samples: list[Sample], where: Surroundings) -
         raise DataError("calibration needs a readable good image" + "".join(f"\n  {m}" for m in found.unreadable))
     numbers = {name: number for number, name in enumerate(trained.classes)}
     told = [numbers.get(samples[row].class_name) for row in found.used]
-    fields = _fields_of(pipeline, found.tokens, told)
-    maps = _maps_by_field(pipeline, found.tokens, fields)
-    rates = (settings.image_score, settings.false_alarm_rate)
-    calibration = calibrate([one.score_maps for one in maps], pipeline.enlarge, *rates)
-    return trained._replace(calibration=calibration), found
+    fields = fields_of(pipeline, found.tokens, told)
+    return trained._replace(calibration=calibrated_by(pipeline, found.tokens, fields, settings)), found
 
 
 def _read(
@@ -213,53 +204,6 @@ def _train(
         except Diverged as error:
             raise error.with_names([good.kept[row].path for row in error.rows]) from None
         return files.path("log.csv").read_text(encoding="utf-8")
-
-
-def _fit_to(pipeline: Pipeline, good: _Good, settings: DetectorSettings) -> tuple[Calibration, Recognition | None]:
-    recognition = None
-    if pipeline.recognizer is not None:
-        found = fit_recognizer(pipeline.recognizer, pooled_features(pipeline, good.parts), good.numbers, settings.seed)
-        recognition = Recognition(found[2], found[0], found[1])
-    maps = fit_residual_score(pipeline.residual_score, pipeline, good.parts, good.numbers, settings.seed)
-    trained_on = len(good.kept)
-    if maps is None:  # fitted to what was trained on: the others alone have had no part in it
-        maps = _maps_by_field(pipeline, good.parts[1], good.numbers[trained_on:])
-    elif _learnt_by_heart(maps[: len(good.classes)], trained_on):
-        maps = [UnseenMaps(one.rows[late], one.score_maps[late]) for one in maps for late in [one.rows >= trained_on]]
-    rates = (settings.image_score, settings.false_alarm_rate)
-    return calibrate([one.score_maps for one in maps], pipeline.enlarge, *rates), recognition
-
-
-def _learnt_by_heart(maps: Sequence[UnseenMaps], trained_on: int) -> bool:
-    """Whether images that the network was not trained on score higher, class by class, by more than chance."""
-    difference = variance = 0.0
-    for one in maps:
-        scores = one.score_maps.amax(dim=(1, 2)).double().numpy()
-        late = one.rows >= trained_on
-        if min(late.sum(), (~late).sum()) < 2:
-            continue
-        weight = float(late.sum())
-        difference += weight * float(scores[late].mean() - scores[~late].mean())
-        variance += weight**2 * float(scores.var(ddof=1) * (1 / late.sum() + 1 / (~late).sum()))
-    return difference > _BY_HEART * variance**0.5
-
-
-def _fields_of(pipeline: Pipeline, tokens: NDArray, told: Sequence[int | None]) -> NDArray:
-    parts, start = [np.zeros(0, np.int64)], 0
-    for batch in batches(tokens):
-        parts.append(pipeline.fields_of(batch, told[start : start + len(batch)]).cpu().numpy())
-        start += len(batch)
-    return np.concatenate(parts)
-
-
-def _maps_by_field(pipeline: Pipeline, tokens: NDArray, fields: NDArray) -> list[UnseenMaps]:
-    """Of each field its own images; of the last one of several all, as they are measured without their class."""
-    maps = score_maps_of(pipeline, tokens, fields)
-    parts = [UnseenMaps(rows, maps[rows]) for k in range(pipeline.fields) for rows in [np.flatnonzero(fields == k)]]
-    if pipeline.fields > 1:
-        together = np.full(len(fields), pipeline.fields - 1)
-        parts[-1] = UnseenMaps(np.arange(len(fields)), score_maps_of(pipeline, tokens, together))
-    return parts
 
 
 def _machine(recipe: Recipe, device: torch.device) -> dict[str, str]:

@@ -51,6 +51,21 @@ def evaluation_table(evaluation: Evaluation) -> str:
     return "\n".join([body, *notes])
 
 
+def beside_table(evaluations: Mapping[str, Evaluation]) -> str:
+    """A row a detector: mean AUROCs over the classes, and what each one's own threshold does."""
+    rows = []
+    for name, evaluation in evaluations.items():
+        found = alarms = "no threshold"
+        if (decisions := evaluation.decisions) is not None:
+            good = [outcome for outcome in decisions.outcomes if outcome.kind == GOOD]
+            bad = [outcome for outcome in decisions.outcomes if outcome.kind != GOOD]
+            found = f"{sum(one.above for one in bad)} of {sum(one.images for one in bad)}"
+            alarms = f"{sum(one.above for one in good)} of {sum(one.images for one in good)}"
+        aurocs = [_figure(evaluation.mean[column]) for column in ("image_auroc", "pixel_auroc")]
+        rows.append([name, *aurocs, found, alarms])
+    return table(["", "image auroc", "pixel auroc", "found", "false alarms"], rows)
+
+
 def decisions_table(decisions: Decisions) -> str:
     """What the threshold does: a row a class and kind, other thresholds, and the worst of the wrong verdicts."""
     rows = [

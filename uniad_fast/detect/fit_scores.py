@@ -1,0 +1,85 @@
+"""Recognizer, residual score and calibration of a pipeline, from features of good images."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .calibration import Calibration, batches, calibrate
+from .class_recognizer import fit_recognizer
+from .fitting import UnseenMaps, fit_residual_score, pooled_features, score_maps_of
+from .pipeline import Pipeline
+from .settings import DetectorSettings
+from .trained import Recognition
+
+_BY_HEART = 3.0  # standard errors by which images that the network has not seen may score higher than those it has
+
+
+def fit_scores(
+    pipeline: Pipeline, parts: Sequence[NDArray], classes: NDArray, settings: DetectorSettings
+) -> tuple[Calibration, Recognition | None]:
+    """Fit all that comes after the network, and set scales, threshold and colours.
+
+    Args:
+        parts: features [images, N, C], those that the network was trained on first, then what was held out.
+        classes: numbers of the classes of all of their images, one part's after the other's.
+
+    Raises:
+        UniadFastError: what comes out is not finite.
+    """
+    recognition = None
+    if pipeline.recognizer is not None:
+        wrong, unsure, seen = fit_recognizer(
+            pipeline.recognizer, pooled_features(pipeline, parts), classes, settings.seed
+        )
+        recognition = Recognition(seen, wrong, unsure)
+    maps = fit_residual_score(pipeline.residual_score, pipeline, parts, classes, settings.seed)
+    trained_on = len(parts[0])
+    if maps is None:  # fitted to what was trained on: the others alone have had no part in it
+        return calibrated_by(pipeline, parts[1], classes[trained_on:], settings), recognition
+    if _learnt_by_heart(maps[:-1] if len(maps) > 1 else maps, trained_on):
+        maps = [UnseenMaps(one.rows[late], one.score_maps[late]) for one in maps for late in [one.rows >= trained_on]]
+    return _calibrated(pipeline, maps, settings), recognition
+
+
+def calibrated_by(pipeline: Pipeline, tokens: NDArray, fields: NDArray, settings: DetectorSettings) -> Calibration:
+    """Scales, threshold and colours from features [images, N, C] that nothing was fitted to, each by its field."""
+    return _calibrated(pipeline, _maps_by_field(pipeline, tokens, fields), settings)
+
+
+def _calibrated(pipeline: Pipeline, maps: Sequence[UnseenMaps], settings: DetectorSettings) -> Calibration:
+    rates = (settings.image_score, settings.false_alarm_rate)
+    return calibrate([one.score_maps for one in maps], pipeline.enlarge, *rates)
+
+
+def _learnt_by_heart(maps: Sequence[UnseenMaps], trained_on: int) -> bool:
+    """Whether images that the network was not trained on score higher, class by class, by more than chance."""
+    difference = variance = 0.0
+    for one in maps:
+        scores = one.score_maps.amax(dim=(1, 2)).double().numpy()
+        late = one.rows >= trained_on
+        if min(late.sum(), (~late).sum()) < 2:
+            continue
+        weight = float(late.sum())
+        difference += weight * float(scores[late].mean() - scores[~late].mean())
+        variance += weight**2 * float(scores.var(ddof=1) * (1 / late.sum() + 1 / (~late).sum()))
+    return difference > _BY_HEART * variance**0.5
+
+
+def fields_of(pipeline: Pipeline, tokens: NDArray, told: Sequence[int | None]) -> NDArray:
+    """The field of each image, of features [images, N, C] and the numbers of classes that are told."""
+    parts, start = [np.zeros(0, np.int64)], 0
+    for batch in batches(tokens):
+        parts.append(pipeline.fields_of(batch, told[start : start + len(batch)]).cpu().numpy())
+        start += len(batch)
+    return np.concatenate(parts)
+
+
+def _maps_by_field(pipeline: Pipeline, tokens: NDArray, fields: NDArray) -> list[UnseenMaps]:
+    """Of each field its own images; of the last one of several all, as they are measured without their class."""
+    maps = score_maps_of(pipeline, tokens, fields)
+    parts = [UnseenMaps(rows, maps[rows]) for k in range(pipeline.fields) for rows in [np.flatnonzero(fields == k)]]
+    if pipeline.fields > 1:
+        together = np.full(len(fields), pipeline.fields - 1)
+        parts[-1] = UnseenMaps(np.arange(len(fields)), score_maps_of(pipeline, tokens, together))
+    return parts
