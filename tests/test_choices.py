@@ -12,8 +12,8 @@ from torch import nn
 
 from uniad_fast import AnomalyDetector
 from uniad_fast.data.images import to_tensor
-from uniad_fast.detect import detector as detector_module
-from uniad_fast.detect.calibration import calibrate
+from uniad_fast.detect import fit_scores, learning
+from uniad_fast.detect.fitting import UnseenMaps
 from uniad_fast.detect.pipeline import to_maps
 from uniad_fast.models.backbone import Backbone
 from uniad_fast.models.layers import Layer, LayerOptions
@@ -109,22 +109,23 @@ def test_queries_start_as_wide_as_the_recipe_says():
 
 @pytest.fixture(scope="module")
 def fitted(made_up_classes, backbone_weights, tmp_path_factory):
-    """(detector, tokens trained on, tokens that set the threshold)."""
+    """(detector that cross-fits nothing, tokens trained on, tokens that set the threshold)."""
     seen = {}
     patch = pytest.MonkeyPatch()
-    for name, position in (("train_pipeline", 1), ("calibrate", 1)):
-        function = getattr(detector_module, name)
+    for module, name in ((learning, "train_pipeline"), (fit_scores, "calibrated_by")):
+        function = getattr(module, name)
 
-        def note(*args, _name=name, _function=function, _at=position, **options):
-            seen[_name] = np.array(args[_at])
+        def note(*args, _name=name, _function=function, **options):
+            seen[_name] = np.array(args[1])
             return _function(*args, **options)
 
-        patch.setattr(detector_module, name, note)
+        patch.setattr(module, name, note)
     recipe = replace(FAST, epochs=1, min_steps=0)
-    options = dict(backbone_weights=backbone_weights, recipe=recipe, cache_dir=tmp_path_factory.mktemp("c"))
+    cache = tmp_path_factory.mktemp("c")
+    options = dict(backbone_weights=backbone_weights, recipe=recipe, residual_score="whitened", cache_dir=cache)
     detector = AnomalyDetector(BACKBONE, 64, **options).fit(made_up_classes, quiet=True)
     patch.undo()
-    return detector, seen["train_pipeline"], seen["calibrate"]
+    return detector, seen["train_pipeline"], seen["calibrated_by"]
 
 
 def test_features_are_standardised(fitted):
@@ -143,10 +144,30 @@ def test_no_image_is_trained_on_and_sets_the_threshold(fitted):
 
 def test_colours_go_twice_as_far_as_good_pixels_do(fitted):
     detector, _, held_out = fitted
-    maps = to_maps(detector.pipeline.score_maps(torch.from_numpy(held_out)), 64).numpy()
-    typical, high = np.quantile(maps, (0.5, 0.999))
-    low, top = calibrate(detector.pipeline, held_out, "max", 0.1).color_range
-    assert (low, top) == pytest.approx((typical, typical + 2 * (high - typical)))
+    calibration = detector.calibration
+    assert calibration.images == (1, 1, 1, 1, 1, 5)
+    raw = to_maps(detector.pipeline.score_maps(torch.from_numpy(held_out)), 64).numpy()
+    # One of each class, by class; their scales are all the same, for one image says nothing of a class.
+    maps = calibration.of_map(raw, 0)
+    assert len(set(calibration.maps.centers[:-1])) <= 5
+    typical, high = np.quantile([calibration.of_map(one, k) for k, one in enumerate(raw)], (0.5, 0.999))
+    assert calibration.color_range == pytest.approx((typical, typical + 2 * (high - typical)), rel=1e-3)
+    assert maps.shape == raw.shape
+
+
+def test_images_that_a_network_knows_by_heart_set_no_threshold():
+    """Held-out images that score higher than those trained on, class by class, alone tell what new images will have."""
+    rng = np.random.default_rng(0)
+
+    def maps(shift):
+        rows = np.arange(60)
+        scores = rng.normal(10, 1, (60, 2, 2)) + shift * (rows >= 48)[:, None, None]
+        return [UnseenMaps(rows, torch.from_numpy(scores))]
+
+    assert not any(fit_scores._learnt_by_heart(maps(0.0), 48) for _ in range(50))
+    assert fit_scores._learnt_by_heart(maps(3.0), 48)
+    assert not fit_scores._learnt_by_heart(maps(-3.0), 48)
+    assert not fit_scores._learnt_by_heart(maps(3.0), 60)  # nothing is held out
 
 
 def test_a_cache_key_holds_everything_that_changes_features(backbone_weights):

@@ -37,8 +37,9 @@ def trained(made_up_classes, train_options, tmp_path_factory):
 def test_train_says_what_it_did(trained, made_up_classes):
     bundle, output = trained
     assert "stripes: 40 good images of 5 classes" in output
-    assert f"wrote {bundle}; threshold" in output and "from 5 held-out good images, at most 16.7% false" in output
-    assert "too few held-out images to promise the 1.0% asked for" in output
+    assert f"wrote {bundle}; threshold" in output and "from 40 of them: 1.0% false alarms" in output
+    assert "too few to show it: estimated from how their scores thin out" in output
+    assert "classes are recognized: of 40 good images, held out in turns," in output
     assert f"uniad-fast eval {bundle} {made_up_classes}" in output
     assert not bundle.with_name("bundle.training").exists()
 
@@ -78,13 +79,13 @@ def test_eval_says_what_is_not_defined(trained, made_up_classes, tmp_path):
 
 def test_score_writes_everything_and_exits_one_for_a_defect(trained, made_up_classes, tmp_path):
     folder = made_up_classes / "class2/test"
-    output = call("score", trained[0], folder, "-o", tmp_path, "--threshold", 0, "-q", code=1)
-    assert "8 of 8 images are defective (score above 0.0000)" in output
+    output = call("score", trained[0], folder, "-o", tmp_path, "--threshold", -1e9, "-q", code=1)
+    assert "8 of 8 images are defective (score above -1000000000.0000)" in output
     with open(tmp_path / "scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert [row["image"] for row in rows] == [line["image"] for line in lines] == [str(p) for p in list_images(folder)]
-    assert all(line["label"] == 1 and line["threshold"] == 0 for line in lines)
+    assert all(line["label"] == 1 and line["threshold"] == -1e9 for line in lines)
     for line in lines:
         with Image.open(line["heat_map"]) as picture, Image.open(line["image"]) as image:
             assert picture.size == image.size and picture.format == "PNG"

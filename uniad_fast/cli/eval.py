@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 import typer
 
 from ..data.datasets import load_dataset
-from ..data.samples import DataError
+from ..data.samples import DataError, Dataset
 from ..detect import results
 from ..detect.beside import beside
 from ..detect.detector import AnomalyDetector
-from ..detect.evaluation import evaluate
+from ..detect.evaluation import Evaluation, evaluate
 from .options import (
     ERROR,
     INCOMPLETE,
@@ -80,11 +80,7 @@ def evaluate_command(
     say(results.evaluation_table(evaluation))
     if beside_others:
         detector.cache_dir = cache
-        others = {
-            name: evaluate(other, dataset.test, class_from_data=class_from == "data", quiet=quiet)
-            for name, other in beside(detector, dataset.train, quiet).items()
-        }
-        say("\n" + results.beside_table({"this detector": evaluation, **others}))
+        say("\n" + _compared(detector, dataset, evaluation, class_from == "data", quiet))
     if evaluation.decisions is not None:
         say("\n" + results.decisions_table(evaluation.decisions) + "\n")
     for path in written:
@@ -92,3 +88,13 @@ def evaluate_command(
     list_problems("left out", evaluation.unreadable)
     list_problems("not finite", evaluation.not_finite)
     raise typer.Exit(ERROR if evaluation.not_finite else INCOMPLETE if evaluation.unreadable else 0)
+
+
+def _compared(
+    detector: AnomalyDetector, dataset: Dataset, evaluation: Evaluation, class_from_data: bool, quiet: bool
+) -> str:
+    others = {
+        name: evaluate(other, dataset.test, class_from_data=class_from_data, quiet=quiet)
+        for name, other in beside(detector, dataset.train, quiet).items()
+    }
+    return results.beside_table({"this detector": evaluation, **others})

@@ -79,7 +79,7 @@ class Calibration:
 
     def of_map(self, raw: NDArray, field: int) -> NDArray:
         """A raw anomaly map in standard deviations, float32."""
-        return (raw - np.float32(self.maps.centers[field])) / np.float32(self.maps.spreads[field])
+        return _in_deviations(raw, self.maps.centers[field], self.maps.spreads[field])
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, for `from_json`."""
@@ -126,8 +126,9 @@ def calibrate(
     groups = [told, found[len(told) :]]
     scores = joined([fit_scale([one.scores for one in group]) for group in groups if group])
     maps = joined([fit_scale([one.highest_means for one in group]) for group in groups if group])
-    peaks = [(one.peaks - c) / s for one, c, s in zip(told, maps.centers, maps.spreads, strict=False)]
-    pixels = [(one.picked - c) / s for one, c, s in zip(told, maps.centers, maps.spreads, strict=False)]
+    of_told = list(zip(told, maps.centers, maps.spreads, strict=False))
+    peaks = [_in_deviations(one.peaks, center, spread) for one, center, spread in of_told]
+    pixels = [_in_deviations(one.picked, center, spread) for one, center, spread in of_told]
     if not sum(map(len, pixels)):
         raise UniadFastError("the maps of good images are all zero: no colours can be set")
     # Good pixels stay in the lower half of the colours: the range goes twice as far as nearly all of them do.
@@ -162,7 +163,7 @@ def _read(score_maps: Tensor, enlarge: Callable[[Tensor], Tensor], image_score: 
         maps = enlarge(batch.float()).cpu()
         scores.append(image_scores(maps, image_score).double().numpy())
         highest.append(scores[-1] if image_score == "max" else image_scores(maps, "max").double().numpy())
-        peaks.append(maps.amax(dim=(1, 2)).double().numpy())
+        peaks.append(maps.amax(dim=(1, 2)).numpy())
         some = maps[-number * _BATCH % step :: step].flatten()
         picked.append(some[some > 0].numpy())  # what nobody looks at is 0
     return _Read(*(np.concatenate(parts) for parts in (scores, highest, peaks, picked)))
@@ -172,6 +173,11 @@ def batches(tokens: NDArray) -> Iterator[Tensor]:
     """Rows of a memory-mapped [images, N, C] array, a batch at a time."""
     for start in range(0, len(tokens), _BATCH):
         yield torch.from_numpy(np.array(tokens[start : start + _BATCH]))
+
+
+def _in_deviations(raw: NDArray, center: float, spread: float) -> NDArray:
+    """Raw values in standard deviations, float32: to the bit the same for a threshold and for what is held to it."""
+    return (raw.astype(np.float32) - np.float32(center)) / np.float32(spread)
 
 
 def _is_number(value: Any) -> bool:
