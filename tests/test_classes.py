@@ -13,9 +13,11 @@ from PIL import Image
 from uniad_fast import AnomalyDetector
 from uniad_fast.data.datasets import load_dataset
 from uniad_fast.data.samples import DataError
+from uniad_fast.detect import learning
 from uniad_fast.detect.evaluation import evaluate
 from uniad_fast.detect.score_outputs import NamedImage, with_classes_of_folders
 from uniad_fast.errors import UniadFastError
+from uniad_fast.training.run_files import ResumeError
 
 
 def rows_of(folder):
@@ -111,6 +113,33 @@ def test_classes_are_added_in_a_fraction_of_the_steps(made_up_classes, three_cla
     assert 0 < moved < 0.1  # it went on from there
     assert torch.equal(more.pipeline.mean, detector.pipeline.mean)
     assert more.calibration.images == (8, 8, 8, 8, 8, 40)
+
+
+def test_adding_goes_on_where_it_was_stopped_and_only_from_the_same_bundle(
+    made_up_classes, three_classes, backbone_weights, tmp_path, monkeypatch
+):
+    detector = fitted(three_classes, backbone_weights, tmp_path).fit(three_classes, quiet=True)
+    detector.save(tmp_path / "b")
+
+    def loaded():
+        one = AnomalyDetector.load(tmp_path / "b")
+        one.cache_dir = tmp_path / "cache"
+        return one
+
+    whole = loaded().add(made_up_classes, quiet=True)
+    monkeypatch.setattr(learning, "fit_scores", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    work = tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt):
+        loaded().add(made_up_classes, work_dir=work, checkpoint_seconds=0, quiet=True)
+    monkeypatch.undo()
+    resumed = loaded().add(made_up_classes, work_dir=work, resume=True, quiet=True)
+    for mine, other in zip(whole.pipeline.model.parameters(), resumed.pipeline.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    changed = loaded()
+    with torch.no_grad():
+        next(iter(changed.pipeline.model.parameters())).add_(1e-3)
+    with pytest.raises(ResumeError, match="goes on from"):
+        changed.add(made_up_classes, work_dir=work, resume=True, quiet=True)
 
 
 def test_what_can_not_be_added_to(bundle, three_classes, tmp_path):

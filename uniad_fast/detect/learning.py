@@ -19,6 +19,7 @@ from ..data.samples import DataError, Sample
 from ..models.backbone import Backbone
 from ..models.precision import computes_in_bfloat16
 from ..printable import printable
+from ..state_dicts import hash_of_state_dict
 from ..training.loop import epochs_and_steps, seeded_generators
 from ..training.recipes import Recipe
 from ..training.run_files import Diverged, RunFiles
@@ -118,7 +119,8 @@ def learn(
     recipe = settings.recipe if before is None else _shorter(settings.recipe, len(good.parts[0]))
     pipeline = _new_pipeline(settings, backbone, len(good.classes), where, before)
     pipeline.roi = roi.to(where.device) if roi is not None else before.pipeline.roi if before is not None else None
-    log = _train(pipeline, good, settings, recipe, run, where)
+    origin = None if before is None else hash_of_state_dict(before.pipeline.model.state_dict())
+    log = _train(pipeline, good, settings, recipe, run, where, origin)
     calibration, recognition = fit_scores(pipeline, good.parts, good.numbers, settings)
     trained_with = _machine(recipe, where.device)
     content = (settings, pipeline.eval(), calibration, good.classes, recognition, trained_with, log)
@@ -187,13 +189,20 @@ def _shorter(recipe: Recipe, images: int) -> Recipe:
 
 
 def _train(
-    pipeline: Pipeline, good: _Good, settings: DetectorSettings, recipe: Recipe, run: Run, where: Surroundings
+    pipeline: Pipeline,
+    good: _Good,
+    settings: DetectorSettings,
+    recipe: Recipe,
+    run: Run,
+    where: Surroundings,
+    origin: str | None,
 ) -> str:
-    """The training's log."""
+    """The training's log. origin: hash of the weights that it goes on from."""
     identity = {
         "features": good.features[0].key,
         "image_size": settings.image_size,
         "architecture": dataclasses.asdict(settings.architecture),
+        "goes on from": origin,
     }
     with contextlib.ExitStack() as stack:
         directory = run.work_dir or stack.enter_context(tempfile.TemporaryDirectory())
