@@ -147,12 +147,8 @@ def test_colours_go_twice_as_far_as_good_pixels_do(fitted):
     calibration = detector.calibration
     assert calibration.images == (1, 1, 1, 1, 1, 5)
     raw = to_maps(detector.pipeline.score_maps(torch.from_numpy(held_out)), 64).numpy()
-    # One of each class, by class; their scales are all the same, for one image says nothing of a class.
-    maps = calibration.of_map(raw, 0)
-    assert len(set(calibration.maps.centers[:-1])) <= 5
     typical, high = np.quantile([calibration.of_map(one, k) for k, one in enumerate(raw)], (0.5, 0.999))
     assert calibration.color_range == pytest.approx((typical, typical + 2 * (high - typical)), rel=1e-3)
-    assert maps.shape == raw.shape
 
 
 def test_images_that_a_network_knows_by_heart_set_no_threshold():

@@ -74,7 +74,7 @@ def train(
         ImageScore, typer.Option(help="How a map becomes the image's score; mean suits defects all over the image.")
     ] = "max",
     false_alarm_rate: FalseAlarmRate = 0.01,
-    held_out: Annotated[float, typer.Option(help="Share of the good images kept back to set the threshold.")] = 0.1,
+    held_out: Annotated[float, typer.Option(help="Share of the good images that the network is not trained on.")] = 0.1,
     roi: Roi = None,
     add_to: _AddTo = None,
     seed: Seed = 0,

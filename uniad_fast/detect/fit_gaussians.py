@@ -25,7 +25,7 @@ Vectors = Callable[[NDArray], Tensor]
 """Numbers of images -> their vectors [images, N, C]."""
 _FOLDS = 20  # of 5, a Gaussian of what is left is so much worse than that of all that thresholds come out too high
 LARGEST_CLASS = 2048
-"""Images of a class that are looked at; more, evenly picked, would not change its Gaussians by much."""
+"""Images of a class that are looked at, evenly picked of more: they are all in memory at once."""
 _PARTS, _PARTS_TO_CHOOSE = 5, 3  # a mixture is chosen on three of five parts
 _PLACES_TO_CHOOSE = 16
 _RIDGE = 1e-2  # of the mean variance: directions in which good images never differ would drown the rest

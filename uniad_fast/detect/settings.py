@@ -32,7 +32,7 @@ class DetectorSettings:
             `uniad_fast.detect.residual_score`. None takes the recipe's.
         image_score: how a map becomes a number, "max" (the paper's), "mean" or "std".
         false_alarm_rate: share of good images that may score above the threshold, in (0, 1).
-        held_out: share of the good images kept from training to set the threshold, in (0, 1).
+        held_out: share of the good images that the network is not trained on, in (0, 1).
         seed: of initial values, batch order, noise and the held-out choice.
 
     Raises:
