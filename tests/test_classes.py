@@ -193,3 +193,12 @@ def test_training_spends_nothing_outside_of_the_roi(bundle):
     error = (pipeline.model.eval().reconstruct(target) - target).square()
     torch.testing.assert_close(criterion(tokens), error[:, inside].mean())
     assert abs(criterion(tokens).item() / error.mean().item() - 1) > 1e-3
+
+
+def test_fit_trains_on_what_is_looked_at(made_up_classes, backbone_weights, tmp_path):
+    mask = np.zeros((64, 64), bool)
+    mask[16:32, 16:48] = True
+    everywhere = fitted(made_up_classes, backbone_weights, tmp_path).fit(made_up_classes, quiet=True)
+    inside = fitted(made_up_classes, backbone_weights, tmp_path).look_at(mask).fit(made_up_classes, quiet=True)
+    pairs = zip(everywhere.pipeline.model.parameters(), inside.pipeline.model.parameters(), strict=True)
+    assert any(not torch.equal(one, other) for one, other in pairs)
