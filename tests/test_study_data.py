@@ -9,7 +9,7 @@ from PIL import Image
 
 from uniad_fast.data.datasets import load_dataset
 from uniad_fast.data.masks import read_mask
-from uniad_fast.studies import objects, textures
+from uniad_fast.studies import made_up, objects, textures
 from uniad_fast.studies.digits import NORMAL_SETS, write_digits
 from uniad_fast.studies.extra import MissingPackageError
 from uniad_fast.studies.painting import SIZE
@@ -72,7 +72,7 @@ def test_objects_lie_in_the_same_position_in_every_image(tmp_path):
     for own, other in (("cat", "coffee"), ("coffee", "cat")):
         first, second = takes[own][:2]
         assert np.abs(first - second).mean() > 3  # no take is another's copy
-        assert np.corrcoef(first.ravel(), second.ravel())[0, 1] > 0.7
+        assert np.corrcoef(first.ravel(), second.ravel())[0, 1] > 0.6
         assert np.corrcoef(first.ravel(), takes[other][0].ravel())[0, 1] < 0.5
     objects.write_objects(tmp_path / "b", **FEW)
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
@@ -114,13 +114,13 @@ def test_an_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
         if len(saved) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(textures, "save", save)
+    monkeypatch.setattr(made_up, "save", save)
     with pytest.raises(KeyboardInterrupt):
         write_textures(tmp_path / "set", **FEW)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("write", [write_textures, write_digits])
+@pytest.mark.parametrize("write", [write_textures, objects.write_objects, write_digits])
 def test_what_is_there_is_never_written_over(write, tmp_path):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(FileExistsError, match=str(tmp_path)):

@@ -201,13 +201,14 @@ template <class Mode, class T> struct Backward {
         constexpr int R = rows;
         vfloat sum[R][2] = {};
         float* target = sums + j * width + d;
-        if (!is_first)
-          for (int r = 0; r < R; r++)
-            for (int v = 0; v < 2; v++) sum[r][v] = load<vfloat>(target + r * width + v * LANES);
         constexpr int STRIDE = QUERIES / Mode::PAIR;
         multiply<Mode, STRIDE>(rows_of_words + j * STRIDE, 1, pairs + d, width, summed, sum);
+        // Sums of parts: one sum over all queries of a large grid would be rounded as often as it has terms.
         for (int r = 0; r < R; r++)
-          for (int v = 0; v < 2; v++) store(target + r * width + v * LANES, sum[r][v]);
+          for (int v = 0; v < 2; v++) {
+            float* at = target + r * width + v * LANES;
+            store(at, is_first ? sum[r][v] : load<vfloat>(at) + sum[r][v]);
+          }
       });
   }
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from ..data.feature_cache import cached_features
 from ..data.image_files import list_images
 from ..data.masks import read_mask
-from ..data.samples import DataError, Dataset, Sample
+from ..data.samples import GOOD, DataError, Dataset, Sample
 from ..files import sha256_of_file
 from ..models.backbone import Backbone
+from .cifar10 import normal_classes
+from .digits import NORMAL_SETS
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class StudyData:
             DataError: a class has no good image to train on, or not both kinds to test on.
             UnreadableImage: a mask can't be read.
         """
-        _check_classes(dataset.name, dataset.train, dataset.test)
+        cls._check(dataset.name, dataset.train, dataset.test)
         good = cached_features(
             backbone, image_size, [s.path for s in dataset.train], cache_dir, "features of training images", quiet
         )
@@ -60,7 +62,7 @@ class StudyData:
         )
         train_samples = [dataset.train[i] for i in good.used]
         test_samples = [dataset.test[i] for i in tested.used]
-        _check_classes(dataset.name, train_samples, test_samples)
+        cls._check(dataset.name, train_samples, test_samples)
         return cls(
             dataset.name,
             image_size,
@@ -81,20 +83,58 @@ class StudyData:
 
     def of_class(self, name: str) -> "StudyData":
         """The part of one class."""
-        train_rows = [i for i, sample in enumerate(self.train) if sample.class_name == name]
-        test_rows = [i for i, sample in enumerate(self.test) if sample.class_name == name]
+        train = {i: sample for i, sample in enumerate(self.train) if sample.class_name == name}
+        test = {i: sample for i, sample in enumerate(self.test) if sample.class_name == name}
+        return self._part(name, train, test)
+
+    def _part(self, name: str, train: dict[int, Sample], test: dict[int, Sample]) -> "StudyData":
+        """Of some rows, and what their samples are there."""
+        train_rows, test_rows = list(train), list(test)
         return StudyData(
             self.name,
             self.image_size,
             self.backbone,
-            [self.train[i] for i in train_rows],
-            [self.test[i] for i in test_rows],
+            list(train.values()),
+            list(test.values()),
             self.train_tokens[train_rows],
             self.test_tokens[test_rows],
             None if self.masks is None else self.masks[test_rows],
             f"{self.key}/{name}",
             [],
         )
+
+    @staticmethod
+    def _check(name: str, train: list[Sample], test: list[Sample]) -> None:
+        _check_classes(name, train, test)
+
+
+class ManyVersusMany(StudyData):
+    """Images of ten classes, five of which are normal at a time (paper, section 4: CIFAR-10).
+
+    A "class" is a normal set such as "01234": its training images are those of its classes, and its test images are
+    those of all ten, anomalous where the class is not in it.
+    """
+
+    @property
+    def classes(self) -> list[str]:
+        """The paper's normal sets."""
+        return list(NORMAL_SETS)
+
+    def of_class(self, name: str) -> StudyData:
+        """What is trained and tested on with one normal set."""
+        normal = normal_classes(name)
+        train = {i: replace(s, class_name=name) for i, s in enumerate(self.train) if s.class_name in normal}
+        test = {
+            i: replace(s, class_name=name, kind=GOOD if s.class_name in normal else s.class_name)
+            for i, s in enumerate(self.test)
+        }
+        return self._part(name, train, test)
+
+    @staticmethod
+    def _check(name: str, train: list[Sample], test: list[Sample]) -> None:
+        for part, samples in (("train on", train), ("test on", test)):
+            if missing := set(normal_classes("0123456789")) - {sample.class_name for sample in samples}:
+                raise DataError(f"{name} has no image of {', '.join(sorted(missing))} to {part}")
 
 
 def _key_of_tests(features: str, train: list[Sample], test: list[Sample]) -> str:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from ..files import atomic_directory
-from ..progress import progress
 from .extra import require
-from .painting import SIZE, Pixels, away_from, paint, save, shape
+from .made_up import Counts, Product, refuse_to_overwrite, write_products
+from .painting import SIZE, Pixels, paint, shape
 
 PHOTOGRAPHS = {
     "astronaut": "astronaut.png",
@@ -29,8 +28,7 @@ PHOTOGRAPHS = {
     "rocket": "rocket.jpg",
 }
 _MARGIN = 1.25  # of the picture's side to what a take shows of it
-_VISIBLE = 12.0  # mean change under the mask, in grey levels, at which a defect shows
-_TRIES = 20
+_VISIBLE = 8.0  # mean change under the mask, in grey levels, at which a defect shows
 
 
 def write_objects(
@@ -49,25 +47,19 @@ def write_objects(
         MissingPackageError: scikit-image is not installed.
         FileExistsError: there is something at `directory`.
     """
-    directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} is there already: choose another place")
+    directory = refuse_to_overwrite(directory)  # before the photographs are read
     require("skimage")
-    total = len(PHOTOGRAPHS) * (train_images + good_images + defective_images * len(DEFECTS))
-    with atomic_directory(directory) as root, progress("objects", total, quiet=quiet) as bar:
-        for number, (name, file) in enumerate(PHOTOGRAPHS.items()):
-            rng = np.random.default_rng((seed, number))
-            photograph = _read(file)
-            for folder, count in (("train/good", train_images), ("test/good", good_images)):
-                for index in range(count):
-                    save(_take(photograph, rng), root / name / folder / f"{index:03}.png")
-                    bar.update()
-            for kind, spoil in DEFECTS.items():
-                for index in range(defective_images):
-                    spoilt, mask = _visible(spoil, photograph, rng)
-                    save(spoilt, root / name / "test" / kind / f"{index:03}.png")
-                    save(mask, root / name / "ground_truth" / kind / f"{index:03}_mask.png")
-                    bar.update()
+    products = {name: _product(_read(file)) for name, file in PHOTOGRAPHS.items()}
+    counts = Counts(train_images, good_images, defective_images)
+    write_products(directory, products, list(DEFECTS), counts, seed, _VISIBLE, quiet)
+
+
+def _product(photograph: Image.Image) -> Product:
+    def spoilt(rng: np.random.Generator, kind: str) -> tuple[Pixels, Pixels, Pixels]:
+        take = _take(photograph, rng)
+        return take, *DEFECTS[kind](take, rng)
+
+    return Product(lambda rng, to_train: _take(photograph, rng), spoilt)
 
 
 def _read(file: str) -> Image.Image:
@@ -83,72 +75,62 @@ def _read(file: str) -> Image.Image:
 
 
 def _take(photograph: Image.Image, rng: np.random.Generator) -> Pixels:
-    """Shifted by up to 3 pixels, turned by up to 2 degrees, scaled by 2%, lit differently, with noise."""
-    angle, scale = np.deg2rad(rng.uniform(-2, 2)), rng.uniform(0.98, 1.02)
+    """Shifted by up to 5 pixels, turned by up to 4 degrees, scaled by 4%, lit from a side, out of focus, with noise."""
+    angle, scale = np.deg2rad(rng.uniform(-4, 4)), rng.uniform(0.96, 1.04)
     cosine, sine = np.cos(angle) / scale, np.sin(angle) / scale
-    middle = photograph.width / 2 + rng.uniform(-3, 3, 2)
+    middle = photograph.width / 2 + rng.uniform(-5, 5, 2)
     half = SIZE / 2
     matrix = (cosine, sine, middle[0] - half * (cosine + sine), -sine, cosine, middle[1] - half * (cosine - sine))
     moved = photograph.transform((SIZE, SIZE), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
-    lit = np.asarray(moved, dtype=np.float64) * rng.uniform(0.92, 1.08) + rng.uniform(-6, 6)
-    return np.clip(np.round(lit + rng.normal(0, 3, lit.shape)), 0, 255).astype(np.uint8)
+    focused = np.asarray(moved.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8))), dtype=np.float64)
+    slope = np.linspace(-1, 1, SIZE)
+    light = 1 + rng.uniform(-0.1, 0.1) + rng.uniform(-0.1, 0.1) * slope[:, None] + rng.uniform(-0.1, 0.1) * slope
+    noisy = focused * light[..., None] + rng.normal(0, rng.uniform(2, 6), focused.shape)
+    return np.clip(np.round(noisy), 0, 255).astype(np.uint8)
 
 
 Spoil = Callable[[Pixels, np.random.Generator], tuple[Pixels, Pixels]]
 """(good take, generator) -> (spoilt take, mask of 0 and 255)."""
 
 
-def _visible(spoil: Spoil, photograph: Image.Image, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
-    """A spoilt take and its mask, drawn anew until the defect shows; the clearest of some tries at least."""
-    best = (-1.0, np.zeros(0, np.uint8), np.zeros(0, np.uint8))
-    for _ in range(_TRIES):
-        good = _take(photograph, rng)
-        spoilt, mask = spoil(good, rng)
-        change = float(np.abs(spoilt.astype(float) - good)[mask > 0].mean())
-        if change > best[0]:
-            best = (change, spoilt, mask)
-        if change >= _VISIBLE:
-            break
-    return best[1], best[2]
-
-
 def _band(picture: Pixels, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
-    """A stripe across the image, as a stuck line of the sensor gives."""
+    """A stripe across the image, somewhat lighter or darker, as a weak line of the sensor gives."""
     mask = np.zeros((SIZE, SIZE), dtype=bool)
-    start, width = int(rng.integers(8, SIZE - 16)), int(rng.integers(2, 6))
+    start, width = int(rng.integers(8, SIZE - 16)), int(rng.integers(1, 4))
     mask[start : start + width] = True
-    return paint(picture, mask, np.array(away_from(picture, mask, rng, 40)))
+    return paint(picture, mask, picture + rng.choice([-1.0, 1.0]) * rng.uniform(15, 40))
 
 
 def _blurred(picture: Pixels, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
     """A place out of focus."""
     from scipy import ndimage
 
-    mask = shape(rng, 12, 22)
-    return paint(picture, mask, ndimage.gaussian_filter(picture.astype(float), (4, 4, 0)))
+    mask = shape(rng, 8, 16)
+    return paint(picture, mask, ndimage.gaussian_filter(picture.astype(float), (3, 3, 0)))
 
 
 def _copied(picture: Pixels, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
-    """A piece of the object where another belongs."""
-    mask = shape(rng, 10, 18)
+    """A piece of the object where another belongs, half transparent, as a double exposure."""
+    mask = shape(rng, 6, 12)
     rows, cols = rng.integers(30, 60, 2) * rng.choice([-1, 1], 2)
-    return paint(picture, mask, np.roll(picture, (int(rows), int(cols)), axis=(0, 1)))
+    other = np.roll(picture, (int(rows), int(cols)), axis=(0, 1))
+    return paint(picture, mask, picture + rng.uniform(0.3, 0.7) * (other - picture.astype(float)))
 
 
 def _hole(picture: Pixels, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
-    """A part broken out, black with a light rim."""
+    """A chip broken out, dark with a light rim."""
     from scipy import ndimage
 
-    mask = shape(rng, 7, 13)
-    inner = ndimage.binary_erosion(mask, iterations=2)
-    return paint(picture, mask, np.where(inner, 15.0, 220.0)[..., None])
+    mask = shape(rng, 3, 6)
+    inner = ndimage.binary_erosion(mask, iterations=1)
+    return paint(picture, mask, 0.5 * picture + 0.5 * np.where(inner, 15.0, 220.0)[..., None])
 
 
 def _pressed(picture: Pixels, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
     """A dent: what is there is drawn together."""
     from scipy import ndimage
 
-    radius = rng.uniform(14, 22)
+    radius = rng.uniform(8, 14)
     center = rng.uniform(radius + 2, SIZE - radius - 2, 2)
     offset = np.stack(np.meshgrid(np.arange(SIZE), np.arange(SIZE), indexing="ij")) - center[:, None, None]
     share = np.clip(np.hypot(*offset) / radius, 0, 1)
@@ -158,10 +140,10 @@ def _pressed(picture: Pixels, rng: np.random.Generator) -> tuple[Pixels, Pixels]
 
 
 def _tinted(picture: Pixels, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
-    """A stain of another colour: channels are exchanged, and one is strengthened."""
-    mask = shape(rng, 10, 18)
-    tint: NDArray = np.roll(picture.astype(float), int(rng.integers(1, 3)), axis=2)
-    tint[..., int(rng.integers(3))] += rng.uniform(40, 80)
+    """A stain of another colour that lets most through."""
+    mask = shape(rng, 6, 12)
+    tint: NDArray = picture.astype(float)
+    tint[..., int(rng.integers(3))] += rng.choice([-1, 1]) * rng.uniform(25, 50)
     return paint(picture, mask, tint)
 
 

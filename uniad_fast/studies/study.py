@@ -18,6 +18,7 @@ from ..progress import progress
 from ..training.loop import epochs_and_steps
 from ..training.recipes import FAST, PAPER, Recipe
 from .data import StudyData
+from .paper import paper_trials
 from .systems import PART_SYSTEMS, SHORTCUT_SYSTEMS, System, recipe_systems, switch_systems
 from .trial import EVERY_CLASS, Trial, run_trial
 
@@ -46,7 +47,7 @@ ABLATION_RECIPE = replace(FAST, name="ablation", epochs=20, min_steps=0, optimiz
 PAPER_RECIPE = replace(PAPER, epochs=100, precision="auto")
 """The paper's recipe in the study "time": shorter, and in the precision of the fast one, which is in its favour."""
 
-STUDIES = ("shortcut", "ablation", "recipe", "time")
+STUDIES = ("shortcut", "ablation", "recipe", "time", "paper")
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,22 @@ class Study:
         return list(dict.fromkeys(trial.system.name for trial in self.trials))
 
 
-def plan(name: str, data: StudyData, seeds: int = 3, epochs: int | None = None, quick: bool = False) -> Study:
+def plan(
+    name: str,
+    data: StudyData,
+    seeds: int = 3,
+    epochs: int | None = None,
+    quick: bool = False,
+    separate: bool = True,
+) -> Study:
     """The runs of one of `STUDIES`.
 
     Args:
         seeds: how many, from 0; of the separate setting, and of where and how the mask and the jitter act, one.
-        epochs: of every run, in "time" of the paper's recipe alone; None is the study's own.
-        quick: an eighth of the epochs (in "time" of the paper's recipe alone), one seed, a third of the evaluations and
-            of an ablation the parts alone: to see it work, not to conclude.
+        epochs: of every run, in "time" and "paper" of the paper's recipe alone; None is the study's own.
+        quick: an eighth of the epochs (in "time" and "paper" of the paper's recipe alone), one seed, a third of the
+            evaluations and of an ablation the parts alone: to see it work, not to conclude.
+        separate: in "paper", one model for each class too, beside the one for all.
 
     Raises:
         UniadFastError: no such study, or not even one seed.
@@ -79,6 +88,8 @@ def plan(name: str, data: StudyData, seeds: int = 3, epochs: int | None = None, 
     if seeds < 1:
         raise UniadFastError(f"seeds must be at least 1, got {seeds}")
     seeds = 1 if quick else seeds
+    if name == "paper":
+        return Study(name, paper_trials(data, seeds, _with_epochs(PAPER, epochs, quick), separate))
     recipe = SHORTCUT_RECIPE if name == "shortcut" else ABLATION_RECIPE if name == "ablation" else FAST
     recipe = _with_epochs(recipe, epochs, quick)
     feature_size = data.backbone.feature_size(data.image_size)
@@ -94,10 +105,10 @@ def plan(name: str, data: StudyData, seeds: int = 3, epochs: int | None = None, 
         every = max(1, recipe.epochs // (5 if quick else 15))
         pictured = pictured_rows(data)
         # One seed of one model a class: together they take as long as a model for all, and vary less.
-        separate = data.classes if len(data.classes) > 1 else []
+        alone = data.classes if len(data.classes) > 1 else []
         trials = [
             Trial(system, recipe, seed, setting, every, pictured=pictured if seed == 0 and setting is None else ())
-            for setting, seed in [*((None, s) for s in range(seeds)), *((name, 0) for name in separate)]
+            for setting, seed in [*((None, s) for s in range(seeds)), *((name, 0) for name in alone)]
             for system in SHORTCUT_SYSTEMS
         ]
         return Study(name, tuple(trials))

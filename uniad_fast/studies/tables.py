@@ -1,11 +1,13 @@
 """A study's measurements as tables: mean and spread over seeds."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
 from ..detect.residual_score import RESIDUAL_SCORES
+from ..printable import printable
 from .trial import EVERY_CLASS
 
 Row = dict[str, Any]
@@ -24,7 +26,11 @@ class Spread:
         return cls(mean(values), stdev(values) if len(values) > 1 else None)
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f}" + ("" if self.deviation is None else f" ± {self.deviation:.3f}")
+        return self.shown(3)
+
+    def shown(self, digits: int) -> str:
+        """Mean and deviation with so many digits after the point."""
+        return f"{self.mean:.{digits}f}" + ("" if self.deviation is None else f" ± {self.deviation:.{digits}f}")
 
 
 def means_over_classes(rows: Sequence[Row], system: str, setting: str, score: str) -> dict[int, list[Row]]:
@@ -58,7 +64,7 @@ def shortcut_table(rows: Sequence[Row], systems: Sequence[str]) -> str:
                 fall = [b - e for b, e in zip(best, last, strict=True)]
                 cells += [str(Spread.of(values)) for values in (best, last, fall)]
             body.append(cells)
-    return _markdown(header, body)
+    return markdown(header, body)
 
 
 def final_table(rows: Sequence[Row], systems: Sequence[str], image_metric: str = DETECTION) -> str:
@@ -78,7 +84,7 @@ def final_table(rows: Sequence[Row], systems: Sequence[str], image_metric: str =
             cells.append("" if system == systems[0] else f"{mean(differences):+.3f}")
         cells.append(f"{mean(_last(rows, system, scores[0], 'seconds').values()):.0f}")
         body.append(cells)
-    return _markdown(header, body)
+    return markdown(header, body)
 
 
 def time_table(rows: Sequence[Row], image_metric: str = DETECTION) -> str:
@@ -102,7 +108,7 @@ def time_table(rows: Sequence[Row], image_metric: str = DETECTION) -> str:
                 gain = reached and reached["seconds"] and f"{target['seconds'] / reached['seconds']:.0f}"
                 cells += [f"{reached['seconds']:.0f} s" if reached else "not reached", gain or ""]
             body.append(cells)
-    return _markdown(header, body)
+    return markdown(header, body)
 
 
 def _time_cells(name: str, row: Row, metric: str) -> list[str]:
@@ -115,6 +121,12 @@ def _last(rows: Sequence[Row], system: str, score: str, metric: str) -> dict[int
     return {seed: found[-1][metric] for seed, found in by_seed.items()}
 
 
-def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table. Cells are markup: a name from data goes through `cell` first."""
     lines = [header, ["---"] * len(header), *body]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def cell(name: str) -> str:
+    """A name from data as a cell's text: a sign that Markdown or HTML obeys has a backslash before it."""
+    return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", printable(name))

@@ -5,21 +5,19 @@ that they share no pixel. A defect is painted on a good crop of the test part, a
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ..files import atomic_directory
-from ..progress import progress
 from .extra import require
-from .painting import SIZE, Pixels, away_from, paint, save, shape
+from .made_up import Counts, Product, refuse_to_overwrite, write_products
+from .painting import SIZE, Pixels, away_from, paint, shape
 
 TRAIN_SHARE = 0.6  # of a source's longer side
 _VISIBLE = 12.0  # mean change under the mask, in grey levels, at which a defect shows
-_TRIES = 20
 
 Spoil = Callable[[Pixels, Pixels, np.random.Generator], tuple[Pixels, Pixels]]
 """(good crop, crop of another class, generator) -> (spoilt crop, mask of 0 and 255)."""
@@ -71,27 +69,26 @@ def write_textures(
         MissingPackageError: scikit-image is not installed.
         FileExistsError: there is something at `directory`.
     """
-    directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} is there already: choose another place")
+    directory = refuse_to_overwrite(directory)  # before the photographs are read
     require("skimage")
     parts = {name: _two_parts(source.read()) for name, source in SOURCES.items()}
-    total = len(SOURCES) * (train_images + good_images + defective_images * len(DEFECTS))
-    with atomic_directory(directory) as root, progress("textures", total, quiet=quiet) as bar:
-        for number, (name, source) in enumerate(SOURCES.items()):
-            rng = np.random.default_rng((seed, number))
-            others = [part for other, (_, part) in parts.items() if other != name]
-            train, test = parts[name]
-            for part, folder, count in ((train, "train/good", train_images), (test, "test/good", good_images)):
-                for index in range(count):
-                    save(_crop(part, source.crop, rng), root / name / folder / f"{index:03}.png")
-                    bar.update()
-            for kind, spoil in DEFECTS.items():
-                for index in range(defective_images):
-                    spoilt, mask = _visible(spoil, test, others, source.crop, rng)
-                    save(spoilt, root / name / "test" / kind / f"{index:03}.png")
-                    save(mask, root / name / "ground_truth" / kind / f"{index:03}_mask.png")
-                    bar.update()
+    products = {name: _product(name, source.crop, parts) for name, source in SOURCES.items()}
+    counts = Counts(train_images, good_images, defective_images)
+    write_products(directory, products, list(DEFECTS), counts, seed, _VISIBLE, quiet)
+
+
+def _product(name: str, size: int, parts: Mapping[str, tuple[Pixels, Pixels]]) -> Product:
+    train, test = parts[name]
+    others = [part for other, (_, part) in parts.items() if other != name]
+
+    def good(rng: np.random.Generator, to_train: bool) -> Pixels:
+        return _crop(train if to_train else test, size, rng)
+
+    def spoilt(rng: np.random.Generator, kind: str) -> tuple[Pixels, Pixels, Pixels]:
+        image, other = _crop(test, size, rng), _crop(others[rng.integers(len(others))], size, rng)
+        return image, *DEFECTS[kind](image, other, rng)
+
+    return Product(good, spoilt)
 
 
 def _two_parts(picture: Pixels) -> tuple[Pixels, Pixels]:
@@ -109,22 +106,6 @@ def _crop(part: Pixels, size: int, rng: np.random.Generator) -> Pixels:
     if size == SIZE:
         return np.ascontiguousarray(crop)
     return np.asarray(Image.fromarray(crop).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-
-
-def _visible(
-    spoil: Spoil, part: Pixels, others: list[Pixels], size: int, rng: np.random.Generator
-) -> tuple[Pixels, Pixels]:
-    """A spoilt crop and its mask, drawn anew until the defect shows; the clearest of some tries at least."""
-    best = (-1.0, np.zeros(0, np.uint8), np.zeros(0, np.uint8))
-    for _ in range(_TRIES):
-        good, other = _crop(part, size, rng), _crop(others[rng.integers(len(others))], size, rng)
-        spoilt, mask = spoil(good, other, rng)
-        change = float(np.abs(spoilt.astype(float) - good)[mask > 0].mean())
-        if change > best[0]:
-            best = (change, spoilt, mask)
-        if change >= _VISIBLE:
-            break
-    return best[1], best[2]
 
 
 def _scratch(picture: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pixels, Pixels]:

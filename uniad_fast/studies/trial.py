@@ -223,14 +223,21 @@ def _measure(pipeline: Pipeline, data: StudyData, trial: Trial) -> list[dict[str
 def _measure_class(data: StudyData, score_maps: torch.Tensor, name: str) -> dict[str, float | None]:
     rows = [i for i, sample in enumerate(data.test) if sample.class_name == name]
     labels = [data.test[i].defective for i in rows]
-    maps = to_maps(score_maps[rows], data.image_size)
+    scores: dict[str, list[NDArray]] = {"max": [], "mean": []}
+    kept: list[NDArray] = []
+    for start in range(0, len(rows), _BATCH):  # ten thousand whole maps are 2 GB
+        maps = to_maps(score_maps[rows[start : start + _BATCH]], data.image_size)
+        for kind, parts in scores.items():
+            parts.append(image_scores(maps, kind).numpy())
+        if data.masks is not None:
+            kept.append(maps.numpy().ravel())
     image = {
-        f"image_auroc_{kind}": detection_metrics(image_scores(maps, kind).numpy(), labels).values["auroc"]
-        for kind in ("max", "mean")
+        f"image_auroc_{kind}": detection_metrics(np.concatenate(parts), labels).values["auroc"]
+        for kind, parts in scores.items()
     }
     pixel = None
     if data.masks is not None:
-        pixel = detection_metrics(maps.numpy().ravel(), data.masks[rows].ravel()).values["auroc"]
+        pixel = detection_metrics(np.concatenate(kept), data.masks[rows].ravel()).values["auroc"]
     return {**image, "pixel_auroc": pixel}
 
 
