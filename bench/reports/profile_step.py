@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.bench_model import build, feature
 from bench.tools.cases import MODEL
+from uniad_fast.models.precision import computes_in_bfloat16
 
 # First match wins, by the start of the operator's name.
 KINDS = {
@@ -40,10 +41,14 @@ def kind_of(name: str) -> str:
     return next((kind for kind, starts in KINDS.items() if name.startswith(starts)), "everything else")
 
 
+def _usual_dtype() -> str:
+    return "bfloat16" if computes_in_bfloat16("auto", torch.device("cpu")) else "float32"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default=_usual_dtype())
     parser.add_argument("--case", choices=[case.name for case in MODEL], default=MODEL[0].name)
     parser.add_argument("--impl", default="cpu")
     parser.add_argument("--steps", type=int, default=5)

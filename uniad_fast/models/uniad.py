@@ -14,6 +14,7 @@ from .position import position_embedding
 from .reconstructor import Reconstructor
 from .submodules import apply_linear, is_plain
 from .transformer import Transformer
+from .whole_network import reconstruct as in_one_call
 
 
 class UniAD(Reconstructor):
@@ -98,6 +99,8 @@ class UniAD(Reconstructor):
 
     def reconstruct(self, tokens: Tensor) -> Tensor:
         """tokens [B, N, C_org] -> their reconstruction, same shape; jittered first when training."""
+        if (whole := in_one_call(self, tokens)) is not None:
+            return whole
         if self.training and self.jitter_prob > 0:
             hidden = self._jitter_and_project(tokens)
         else:
