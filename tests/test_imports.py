@@ -19,8 +19,9 @@ MAY_IMPORT = {
     "training": {"", "models"},
     "detect": {"", "models", "data", "training"},
     "interop": {"", "ops", "models", "data", "training", "detect"},
+    "deploy": {"", "models", "data", "detect"},
     "studies": {"", "models", "data", "training", "detect"},
-    "cli": {"", "ops", "models", "data", "training", "detect", "interop", "studies"},
+    "cli": {"", "ops", "models", "data", "training", "detect", "interop", "deploy", "studies"},
 }
 
 

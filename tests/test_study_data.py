@@ -9,9 +9,9 @@ from PIL import Image
 
 from uniad_fast.data.datasets import load_dataset
 from uniad_fast.data.masks import read_mask
+from uniad_fast.packages import MissingPackageError
 from uniad_fast.studies import made_up, objects, textures
 from uniad_fast.studies.digits import NORMAL_SETS, write_digits
-from uniad_fast.studies.extra import MissingPackageError
 from uniad_fast.studies.painting import SIZE
 from uniad_fast.studies.textures import DEFECTS, SOURCES, Source, write_textures
 

@@ -1,4 +1,4 @@
-"""The command line: uniad-fast demo | train | eval | score | calibrate | convert | doctor | study | data."""
+"""The command line: uniad-fast demo | train | eval | score | calibrate | export | convert | doctor | study | data."""
 
 from typing import Annotated
 
@@ -10,6 +10,7 @@ from .convert import convert
 from .demo import demo
 from .doctor import diagnose
 from .eval import evaluate_command
+from .export import export
 from .options import ERROR, reports_errors, say
 from .score import score
 from .study import data_app, study
@@ -39,7 +40,7 @@ def _options(
     """Options of the program itself."""
 
 
-for command in (demo, train, score, calibrate, convert, study):
+for command in (demo, train, score, calibrate, export, convert, study):
     app.command()(reports_errors(command))
 app.command("eval")(reports_errors(evaluate_command))
 app.add_typer(data_app, name="data")

@@ -11,11 +11,11 @@ from ..data.datasets import load_dataset
 from ..files import atomic_path
 from ..models.backbone import Backbone
 from ..models.placement import usable_device
+from ..packages import require
 from ..signals import Stopped
 from ..studies.cifar10 import FEATURE_LEVELS, FEATURE_STRIDE, is_cifar10, load_cifar10, write_cifar10
 from ..studies.data import ManyVersusMany, StudyData
 from ..studies.digits import write_digits
-from ..studies.extra import require
 from ..studies.figures import draw_curves, draw_maps
 from ..studies.objects import write_objects
 from ..studies.paper import paper_tables

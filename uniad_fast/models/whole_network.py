@@ -5,10 +5,8 @@ the work of all modules at once, which nobody may notice: as soon as one of them
 or gradients are recorded, the network goes layer by layer.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +15,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..ops.dispatch import choose_impl
 from ..ops.geometry import Window, hidden_keys
 from ..ops.tracing import is_traced
+from ..ops.whole_network import panel
+from ..ops.whole_network import reconstruct as run_whole_network
 from .attention import NeighborMaskedAttention
 from .layers import DecoderLayer, EncoderLayer, Layer
 from .submodules import is_plain
 from .transformer import Decoder, Encoder, Transformer
-
-if TYPE_CHECKING:
-    from .uniad import UniAD
 
 _MOST_TOKENS = 4096  # beyond, the mask as bits is large, and the attention's own kernel skips what is hidden
 
@@ -35,8 +32,8 @@ class _NotPlain(Exception):
     """A module has to be called."""
 
 
-def reconstruct(model: UniAD, tokens: Tensor) -> Tensor | None:
-    """tokens [B, N, C_org] -> their reconstruction; None where the network has to go layer by layer."""
+def reconstruct(model: Any, tokens: Tensor) -> Tensor | None:
+    """tokens [B, N, C_org] -> their reconstruction by a `UniAD`; None where the network has to go layer by layer."""
     if model.training or torch.is_grad_enabled() or not _is_served(model, tokens):
         return None
     try:
@@ -44,12 +41,10 @@ def reconstruct(model: UniAD, tokens: Tensor) -> Tensor | None:
         sizes, words = _network(model, position)
     except _NotPlain:
         return None
-    from ..kernels.cpu import launch_reconstruct as kernel
-
-    return kernel.reconstruct(tokens, position, kernel.Sizes(*sizes), words)
+    return run_whole_network(tokens, position, sizes, words)
 
 
-def _is_served(model: UniAD, tokens: Tensor) -> bool:
+def _is_served(model: Any, tokens: Tensor) -> bool:
     return (
         type(tokens) is Tensor
         and tokens.device.type == "cpu"
@@ -66,7 +61,7 @@ def _is_served(model: UniAD, tokens: Tensor) -> bool:
     )
 
 
-def _network(model: UniAD, position: Tensor) -> tuple[tuple[int, ...], Words]:
+def _network(model: Any, position: Tensor) -> tuple[tuple[int, ...], Words]:
     """Sizes but for the batch, and all parameters.
 
     Raises:
@@ -97,7 +92,7 @@ def _network(model: UniAD, position: Tensor) -> tuple[tuple[int, ...], Words]:
 class _Reader:
     """Appends what modules hold to `words`, in the kernel's order."""
 
-    def __init__(self, model: UniAD, position: Tensor) -> None:
+    def __init__(self, model: Any, position: Tensor) -> None:
         layers = [*model.transformer.encoder.layers, *model.transformer.decoder.layers]
         _need(all(is_plain(layer, EncoderLayer) or is_plain(layer, DecoderLayer) for layer in layers))
         self.model, self.words = model, Words()
@@ -127,7 +122,7 @@ class _Reader:
         _need(module.feature_size == self.model.feature_size)
         self.weights(module.in_proj_weight, module.in_proj_bias, self.width, 3 * self.width)
         self.linear(module.out_proj, self.width, self.width)
-        self.words.append(_seen(Window.of(module.feature_size, module.neighbor_size), _panel()))
+        self.words.append(_seen(Window.of(module.feature_size, module.neighbor_size), panel()))
 
     def feed_forward(self, layer: Layer) -> None:
         _need(not layer.training and layer.activation == "relu" and not layer.normalize_before)
@@ -162,21 +157,15 @@ def _need(fact: bool) -> None:
         raise _NotPlain
 
 
-def _panel() -> int:
-    from ..kernels.cpu.launch_reconstruct import panel
-
-    return panel()
-
-
 @lru_cache(maxsize=8)
-def _seen(window: Window, panel: int) -> Tensor | None:
-    """int32 [panels, N]: bit l of [p, j] says whether query p * panel + l sees key j. None where all see all."""
+def _seen(window: Window, width: int) -> Tensor | None:
+    """int32 [panels, N]: bit l of [p, j] says whether query p * width + l sees key j. None where all see all."""
     if window.radius_row < 0:
         return None
     with torch.inference_mode(False):
         hidden = hidden_keys(window, torch.device("cpu"))
-        panels = -(-window.tokens // panel)
-        seen = torch.ones(panels * panel, window.tokens, dtype=torch.bool)
+        panels = -(-window.tokens // width)
+        seen = torch.ones(panels * width, window.tokens, dtype=torch.bool)
         seen[: window.tokens] = ~hidden
-        bits = (1 << torch.arange(panel))[:, None]
-        return (seen.view(panels, panel, -1) * bits).sum(1).to(torch.int32)
+        bits = (1 << torch.arange(width))[:, None]
+        return (seen.view(panels, width, -1) * bits).sum(1).to(torch.int32)

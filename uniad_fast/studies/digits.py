@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..errors import UniadFastError
 from ..files import atomic_directory
-from .extra import require
+from ..packages import require
 
 NORMAL_SETS = ("01234", "56789", "02468", "13579")
 """The splits of the public configurations."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from .extra import require
+from ..packages import require
 from .made_up import Counts, Product, refuse_to_overwrite, write_products
 from .painting import SIZE, Pixels, paint, shape
 

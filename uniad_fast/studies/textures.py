@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .extra import require
+from ..packages import require
 from .made_up import Counts, Product, refuse_to_overwrite, write_products
 from .painting import SIZE, Pixels, away_from, paint, shape
 

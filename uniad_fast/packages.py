@@ -1,14 +1,14 @@
-"""Packages that only studies need."""
+"""Packages that only some commands need, brought by an extra each."""
 
 from importlib.util import find_spec
 
-from ..errors import UniadFastError
+from .errors import UniadFastError
 
 _PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 
 class MissingPackageError(UniadFastError):
-    """A package of the extra [study] is not installed."""
+    """A package of an extra is not installed."""
 
 
 def require(*modules: str) -> None:

@@ -1,0 +1,1 @@
+"""A detector outside this package: exported graphs, and the engines that run them."""

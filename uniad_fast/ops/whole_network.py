@@ -1,0 +1,21 @@
+"""The CPU kernel that runs a whole network in evaluation; which networks those are is for `models.whole_network`."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def panel() -> int:
+    """Queries that one word of a mask tells of."""
+    from ..kernels.cpu import launch_reconstruct
+
+    return launch_reconstruct.panel()
+
+
+def reconstruct(
+    tokens: Tensor, position: Tensor, sizes: Sequence[int], network: Sequence[Tensor | float | None]
+) -> Tensor:
+    """The network's output [B, N, C] of tokens [B, N, C], float32; see `kernels/cpu/launch_reconstruct.py`."""
+    from ..kernels.cpu import launch_reconstruct
+
+    return launch_reconstruct.reconstruct(tokens, position, launch_reconstruct.Sizes(*sizes), network)
