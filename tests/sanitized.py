@@ -3,7 +3,8 @@
     python -m tests.sanitized [--examples N] [PATH ...]
 
 For every instruction set of this processor (or those named): the ops in all dtypes, shapes that hurt, every layout of
-every argument, extreme values, and N drawn inputs. The first wrong access or undefined operation ends it.
+every argument, extreme values, whole networks, and N drawn inputs. The first wrong access or undefined operation ends
+it.
 """
 
 import argparse
@@ -60,7 +61,8 @@ def inside(path: str, examples: int, wrong: bool) -> None:
     """What the process with the sanitizer does."""
     import torch
     from op_cases import OPS, layouts
-    from uniad_fast.kernels.cpu import build
+    from test_whole_network import CASES, make, tokens_for, whole
+    from uniad_fast.kernels.cpu import build, launch_reconstruct
     from uniad_fast.kernels.cpu import launch as cpu
 
     from tests.fuzz.targets import TARGETS
@@ -68,7 +70,7 @@ def inside(path: str, examples: int, wrong: bool) -> None:
     from uniad_fast import neighbor_masked_attention
 
     library = build.load(path, build.SANITIZED)
-    cpu.load = lambda: library
+    cpu.load = launch_reconstruct.load = lambda: library
     build.problem = lambda: None
     if wrong:
         x = torch.zeros(2, 64)
@@ -98,6 +100,11 @@ def inside(path: str, examples: int, wrong: bool) -> None:
                     out = neighbor_masked_attention(*tensors, size, window, dropout_p=0.1, seed=1, impl="cpu")
                     torch.autograd.grad(out.float().sum(), tensors)
                     ran += 1
+    for changes in CASES.values():
+        model = make(**changes)
+        for batch in (1, 3):
+            whole(model, tokens_for(model, batch))
+            ran += 1
     for name in ("attention", "jitter", "norm", "dropout"):
         ran += fuzz(TARGETS[name], max(1, examples // 4), 5)
     print(f"{path}: {ran} calls forward and backward, nothing found")

@@ -274,7 +274,5 @@ def test_an_encoder_projects_query_and_key_in_one_product(monkeypatch):
     calls = []
     linear = attention.linear
     monkeypatch.setattr(attention, "linear", lambda *a: calls.append(a[1].shape) or linear(*a))
-    model = build(num_decoder_layers=1).eval()
-    with torch.no_grad():
-        run(model)
+    run(build(num_decoder_layers=1).eval())  # with gradients, so layer by layer
     assert calls[:2] == [(32, 16), (16, 16)]  # query and key, value

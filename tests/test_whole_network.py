@@ -157,7 +157,19 @@ def change_nothing(module, *_):
     return None
 
 
+class Loud(torch.Tensor):
+    """A class of tensors that may answer for its own operators."""
+
+
+def with_a_tensor_of_another_class(model):
+    norm = model.transformer.encoder.layers[0].norm1
+    weight = norm.weight.detach().as_subclass(Loud)
+    del norm.weight
+    norm.weight = weight  # an attribute now, no parameter
+
+
 DIFFERENT = {
+    "a tensor of another class": with_a_tensor_of_another_class,
     "training": lambda m: m.train(),
     "dropout kept on": lambda m: m.transformer.encoder.layers[1].dropout.train(),
     "attention's dropout kept on": lambda m: m.transformer.decoder.layers[0].multihead_attn.train(),

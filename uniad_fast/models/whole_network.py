@@ -102,6 +102,7 @@ class _Reader:
         self.position = self.parameter(position, (model.feature_size[0] * model.feature_size[1], self.width))
 
     def parameter(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        _need(type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided)
         _need(tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.shape == shape)
         return tensor
 
