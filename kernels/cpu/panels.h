@@ -28,7 +28,7 @@ struct Tokens {
   int64_t width(int64_t panel) const { return std::min<int64_t>(PANEL, padded() - panel * PANEL); }
 };
 
-// The part of `total` things in units of `unit` that is one thread's.
+// The part of `total` things that is one of the threads'.
 struct Share {
   int64_t begin, end;
 
