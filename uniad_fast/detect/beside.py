@@ -69,9 +69,9 @@ def beside(detector: AnomalyDetector, samples: list[Sample], quiet: bool = False
         raise DataError(f"{len(names)} readable good images to learn from: there is nothing to compare with")
     classes = tuple(sorted(set(names)))
     numbers = np.array([classes.index(name) for name in names])
-    own = _without_network(pipeline, len(classes), where.device)
+    own = without_network(pipeline, len(classes), where.device)
     calibration, recognition = fit_scores(own, [found.tokens], numbers, settings)
-    other = _without_network(pipeline, 1, where.device)
+    other = without_network(pipeline, 1, where.device)
     kept = np.random.default_rng(settings.seed).permutation(len(numbers)) % _HELD_OUT != 0
     other.residual_score = _memory(other, found.tokens[kept], settings.seed)  # type: ignore[assignment]
     unseen = found.tokens[~kept]
@@ -84,7 +84,8 @@ def beside(detector: AnomalyDetector, samples: list[Sample], quiet: bool = False
     }
 
 
-def _without_network(like: Pipeline, classes: int, device: torch.device) -> Pipeline:
+def without_network(like: Pipeline, classes: int, device: torch.device) -> Pipeline:
+    """A pipeline that measures the features of another one's backbone themselves, of so many classes, not fitted."""
     backbone = like.backbone
     model = Nothing(backbone.channels, backbone.stride, like.model.feature_size)
     pipeline = Pipeline(backbone, model, like.image_size, "float32", "gaussian", classes).to(device)
