@@ -11,7 +11,13 @@ from conftest import call, save, striped_picture
 
 from uniad_fast.models.backbone import Backbone
 from uniad_fast.models.efficientnet import pad_as_for
-from uniad_fast.models.efficientnet_features import _SCALES, EfficientNetFeatures, default_levels, is_native
+from uniad_fast.models.efficientnet_features import (
+    _SCALES,
+    EfficientNetFeatures,
+    default_levels,
+    is_native,
+    with_folded_norms,
+)
 from uniad_fast.state_dicts import without_values
 
 NAMES = [f"tf_efficientnet_{size}" for size in _SCALES]
@@ -101,3 +107,23 @@ def test_scoring_with_one_does_not_import_timm(tmp_path):
     command = ["score", tmp_path / "b", tmp_path / "good", "-o", tmp_path / "o", "--threshold", 1e9, "-q"]
     result = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "[]", result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(("name", "levels"), [("tf_efficientnet_b0", (1, 3)), ("tf_efficientnet_lite0", ALL)])
+def test_folded_norms_give_the_same_features(name, levels):
+    torch.manual_seed(0)
+    features = EfficientNetFeatures(name, levels).eval()
+    for module in features.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
+            module.weight.data.uniform_(0.5, 2)
+            module.bias.data.normal_(0, 0.2)
+    state = {key: tensor.clone() for key, tensor in features.state_dict().items()}
+    folded = with_folded_norms(features)
+    images = torch.randn(2, 3, 65, 64)
+    with torch.inference_mode():
+        for expected, found in zip(features(images), folded(images), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    assert all(torch.equal(tensor, state[key]) for key, tensor in features.state_dict().items())

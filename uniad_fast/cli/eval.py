@@ -1,11 +1,12 @@
 """uniad-fast eval: how good a bundle is on labelled test images."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ..data.datasets import load_dataset
+from ..data.image_batches import BATCH
 from ..data.samples import DataError, Dataset
 from ..detect import results
 from ..detect.beside import beside
@@ -17,6 +18,8 @@ from .options import (
     CacheDirectory,
     DataArgument,
     Device,
+    EngineName,
+    EnginePrecision,
     ImageRoot,
     MaxPixels,
     Quiet,
@@ -24,6 +27,7 @@ from .options import (
     check_folder,
     list_problems,
     say,
+    set_engine,
     show_data,
 )
 
@@ -52,6 +56,8 @@ def evaluate_command(
         typer.Option(min=0, max=2**63 - 1, help="Of the split, where data bring none. Default: the bundle's."),
     ] = None,
     image_root: ImageRoot = None,
+    engine: EngineName = "auto",
+    engine_precision: EnginePrecision = "float32",
     max_pixels: MaxPixels = None,
     device: Device = None,
     quiet: Quiet = False,
@@ -69,22 +75,18 @@ def evaluate_command(
     show_data(dataset)
     if roi is not None:
         detector.look_at(roi)
-    evaluation = evaluate(
-        detector,
-        dataset.test,
-        class_from_data=class_from == "data",
-        reconstructions_dir=save_reconstructions,
-        quiet=quiet,
-    )
+    set_engine(detector, engine, engine_precision, [sample.path for sample in dataset.test], BATCH, quiet)
+    told = class_from == "data"
+    options: dict[str, Any] = {"class_from_data": told, "reconstructions_dir": save_reconstructions, "quiet": quiet}
+    evaluation = evaluate(detector, dataset.test, **options)
     written = results.write_evaluation(evaluation, output) if output is not None else []
     say(results.evaluation_table(evaluation))
     if beside_others:
         detector.cache_dir = cache
-        say("\n" + _compared(detector, dataset, evaluation, class_from == "data", quiet))
+        say("\n" + _compared(detector, dataset, evaluation, told, quiet))
     if evaluation.decisions is not None:
         say("\n" + results.decisions_table(evaluation.decisions) + "\n")
-    for path in written:
-        say(f"wrote {path}")
+    say("".join(f"wrote {path}\n" for path in written))
     list_problems("left out", evaluation.unreadable)
     list_problems("not finite", evaluation.not_finite)
     raise typer.Exit(ERROR if evaluation.not_finite else INCOMPLETE if evaluation.unreadable else 0)

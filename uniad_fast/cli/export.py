@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from ..data.image_files import list_images
-from ..deploy.engines import load_engine
 from ..deploy.export import export_detector
+from ..deploy.exported import load_exported
 from ..deploy.parity import BOUNDS, compare
 from ..detect.detector import AnomalyDetector
 from ..detect.results import table
@@ -50,17 +50,22 @@ def export(
 
 def _check(detector: AnomalyDetector, output: Path, paths: list[Path], bound: float) -> None:
     """Print the comparison and store it beside the file; an error where the file differs by more than `bound`."""
-    engine = load_engine(output, trusted=True)  # it was written just now
-    found = compare(detector, engine, paths)
+    exported = load_exported(output, trusted=True)  # it was written just now
+    found = compare(detector, exported, paths)
     header = ["batch", "images", "largest difference of a score", "of a map", "other labels", "other classes"]
     say(table(header, [[str(p.batch), str(p.images), f"{p.score:.2g}", f"{p.map:.2g}", str(p.labels), str(p.classes)]
                        for p in found]))  # fmt: skip
-    content = {"engine": engine.name, "bound": bound, "metadata": engine.metadata, "parity": [asdict(p) for p in found]}
+    content = {
+        "engine": exported.engine,
+        "bound": bound,
+        "metadata": exported.metadata,
+        "parity": [asdict(p) for p in found],
+    }
     target = output.with_name(output.name + _SUFFIX)
     with atomic_path(target) as path:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     say(
-        f"wrote {target}; {engine.name} may differ by {bound} standard deviations of good images, on "
+        f"wrote {target}; {exported.engine} may differ by {bound} standard deviations of good images, on "
         "images that it resizes by five times that"
     )
     if not all(parity.within(bound) for parity in found):

@@ -1,4 +1,4 @@
-"""The command line: uniad-fast demo | train | eval | score | calibrate | export | convert | doctor | study | data."""
+"""The command line, uniad-fast: demo, train, eval, score, calibrate, export, engines, convert, doctor, study, data."""
 
 from typing import Annotated
 
@@ -9,6 +9,7 @@ from .calibrate import calibrate
 from .convert import convert
 from .demo import demo
 from .doctor import diagnose
+from .engines import engines, remembered
 from .eval import evaluate_command
 from .export import export
 from .options import ERROR, reports_errors, say
@@ -40,7 +41,7 @@ def _options(
     """Options of the program itself."""
 
 
-for command in (demo, train, score, calibrate, export, convert, study):
+for command in (demo, train, score, calibrate, export, engines, convert, study):
     app.command()(reports_errors(command))
 app.command("eval")(reports_errors(evaluate_command))
 app.add_typer(data_app, name="data")
@@ -51,7 +52,7 @@ app.add_typer(data_app, name="data")
 def doctor() -> None:
     """Say what runs on this machine, and what does not and why."""
     lines, sound = diagnose()
-    say("\n".join(lines))
+    say("\n".join(lines + remembered()))
     raise typer.Exit(0 if sound else ERROR)
 
 

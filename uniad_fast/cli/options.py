@@ -49,6 +49,14 @@ CacheDirectory = Annotated[
     Path | None, typer.Option("--cache", help="Folder for extracted features. Default: the user's cache.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Images at a time.")]
+EngineName = Annotated[
+    Literal["auto", "torch", "openvino", "onnxruntime"],
+    typer.Option("--engine", help="What runs the backbone, or all. auto: the fastest that gives the same scores."),
+]
+EnginePrecision = Annotated[
+    Literal["float32", "bfloat16"],
+    typer.Option("--engine-precision", help="bfloat16 is faster where the processor has it; close verdicts change."),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of everything that is drawn.")]
 Roi = Annotated[Path | None, typer.Option(metavar="MASK", help="Picture that is black where images are not looked at.")]
 FalseAlarmRate = Annotated[float, typer.Option(help="Share of good images that may be called defective.")]
@@ -133,6 +141,18 @@ def _is_out_of_memory(error: Exception) -> bool:
             or "can't allocate memory" in str(error)
         )
     )
+
+
+def set_engine(
+    detector: AnomalyDetector, name: str, precision: str, paths: Sequence[Path], batch: int, quiet: bool
+) -> None:
+    """Let the detector measure these images by an engine, and say what was found out about engines."""
+    from ..deploy.engines import use_engine
+
+    options: dict[str, Any] = {"precision": precision, "count": len(paths), "batch": batch, "quiet": quiet}
+    choice = use_engine(detector, name, paths, **options)
+    if choice.note:
+        say(f"note: {choice.note}", err=True)
 
 
 def show_data(dataset: Dataset) -> None:

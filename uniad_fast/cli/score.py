@@ -17,12 +17,15 @@ from .options import (
     INCOMPLETE,
     BatchSize,
     Device,
+    EngineName,
+    EnginePrecision,
     MaxPixels,
     Quiet,
     Roi,
     check_folder,
     list_problems,
     say,
+    set_engine,
 )
 
 
@@ -45,6 +48,8 @@ def score(
     heat_maps: Annotated[bool, typer.Option(help="Write a heat map for each image.")] = True,
     min_area: Annotated[float, typer.Option(min=0, help="Smallest region to list, in pixels of the image.")] = 0,
     batch_size: BatchSize = 16,
+    engine: EngineName = "auto",
+    engine_precision: EnginePrecision = "float32",
     max_pixels: MaxPixels = None,
     device: Device = None,
     quiet: Quiet = False,
@@ -73,6 +78,7 @@ def score(
     if roi is not None:
         detector.look_at(roi)
     named, notes = _named(detector, images, output, class_name, class_from)
+    set_engine(detector, engine, engine_precision, [one.path for one in named], batch_size, quiet)
     found = write_scores(
         detector, named, output, limit, heat_maps=heat_maps, min_area=min_area, batch_size=batch_size, quiet=quiet
     )
@@ -122,6 +128,7 @@ def _report(found: Scored, notes: list[str], output: Path, limit: float, named: 
     list_problems("left out", found.unreadable)
     list_problems("not finite", found.not_finite)
     list_problems("not drawn", found.not_drawn)
+    say(found.pace.summary())
     last = f"{found.defective} of {len(found.rows)} images are defective (score above {limit:.4f})"
     for messages, what in ((found.unreadable, "could not be read"), (found.not_finite, "have no finite score")):
         last += f"; {len(messages)} {what}" if messages else ""

@@ -3,8 +3,9 @@
 import hashlib
 import os
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -42,6 +43,7 @@ class ImageBatch:
     sizes: (height, width) in pixels of the upright images of `used`.
     pictures: these images, where they were asked for.
     notes: (position, remark) of images that are not shown quite as they are.
+    opened: when each of `used` was begun to be read, by `time.perf_counter`.
     """
 
     images: Tensor
@@ -51,6 +53,7 @@ class ImageBatch:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     pictures: list[Image.Image] = field(default_factory=list)
     notes: list[tuple[int, str]] = field(default_factory=list)
+    opened: list[float] = field(default_factory=list)
 
 
 class _Read(NamedTuple):
@@ -59,6 +62,7 @@ class _Read(NamedTuple):
     picture: Image.Image | None
     note: str | None
     pixels: int
+    opened: float
 
 
 def read_batches(
@@ -68,7 +72,7 @@ def read_batches(
     *,
     digests: Sequence[str | None] | None = None,
     keep_pictures: bool = False,
-) -> Iterator[ImageBatch]:
+) -> Generator[ImageBatch, None, None]:
     """Read the images in order, the next batch while the caller works on the last.
 
     Args:
@@ -80,15 +84,15 @@ def read_batches(
     gate = _Gate(_PIXELS_AT_A_TIME)
 
     def read(index: int) -> _Read | Failure:
-        path, pixels = images[index], 0
+        path, pixels, opened = images[index], 0, time.perf_counter()
         try:
             if not isinstance(path, (str, os.PathLike)):
-                return _decoded(as_image(path), image_size, keep_pictures, 0)
+                return _decoded(as_image(path), image_size, keep_pictures, 0, opened)
             content = read_bytes(path)
             if digests is not None and hashlib.sha256(content).hexdigest() != digests[index]:
                 return Failure(0, "it changed while it was being read", passing=True)
             pixels = gate.enter(index, pixels_of(content)) if keep_pictures else 0
-            return _decoded(decode(content, path), image_size, keep_pictures, pixels)
+            return _decoded(decode(content, path), image_size, keep_pictures, pixels, opened)
         except UnreadableImage as error:
             gate.leave(pixels)
             # What was unreadable from the start is known by its digest, which then is none.
@@ -117,9 +121,9 @@ def read_batches(
                 future.cancel()
 
 
-def _decoded(image: Image.Image, image_size: int, keep: bool, pixels: int) -> _Read:
+def _decoded(image: Image.Image, image_size: int, keep: bool, pixels: int, opened: float) -> _Read:
     size, note = (image.height, image.width), image.info.get("note")
-    return _Read(to_tensor(image, image_size), size, image if keep else None, note, pixels)
+    return _Read(to_tensor(image, image_size), size, image if keep else None, note, pixels, opened)
 
 
 def _batch(results: Sequence[_Read | Failure], image_size: int) -> ImageBatch:
@@ -133,6 +137,7 @@ def _batch(results: Sequence[_Read | Failure], image_size: int) -> ImageBatch:
         [one.size for one in read.values()],
         [one.picture for one in read.values() if one.picture is not None],
         [(position, one.note) for position, one in read.items() if one.note],
+        [one.opened for one in read.values()],
     )
 
 

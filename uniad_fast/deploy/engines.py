@@ -1,140 +1,237 @@
-"""Exported detectors run again: one call for all engines, images in, arrays out."""
+"""Which engine measures images fastest on this machine, with the same verdicts: PyTorch, OpenVINO or ONNX Runtime.
 
-import json
+An engine runs the backbone alone, before this package's own network, or the network too. What it says of some images is
+held against what the pipeline says; the fastest of those that agree is taken, and remembered (`engine_files`).
+"""
+
 import os
-import zipfile
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from statistics import median
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
+from ..data.image_batches import read_batches
+from ..data.images import ImageLike
+from ..detect.detector import AnomalyDetector
+from ..errors import UniadFastError
 from ..packages import require
-from .export import METADATA, SUFFIXES, VERSION, ExportError
-from .graph import OUTPUTS
+from ..printable import printable
+from ..progress import progress
+from .engine_files import EngineFiles
+from .parity import difference
+from .plans import Measure, Plan, plans_here, runner
 
-Arrays = dict[str, NDArray]
-"""{name of `OUTPUTS`: array}."""
+ENGINES = ("auto", "torch", "openvino", "onnxruntime")
+BOUNDS = {"float32": 0.05, "bfloat16": 0.5}
+"""Largest difference of an image's score, in standard deviations of good images. In bfloat16 verdicts near the
+threshold change: it has to be asked for."""
+WORTH_MEASURING = 1000  # images: to measure takes about as long as it saves on these
+_WORTH_FOLDING = 32  # images
+_EXAMINED = 16
+_ROUNDS = 7
+_SECONDS = 20.0  # for the rounds of all engines together
 
 
-class Engine:
-    """An exported detector.
+class EngineError(UniadFastError):
+    """An engine that can't be used here, or that says something else than the detector."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was measured of a plan, at one size of batch.
 
     Attributes:
-        name: "onnxruntime", "openvino" or "torch".
-        metadata: of the file.
+        load: seconds from nothing to ready, without the making of its graph, which is kept.
+        image: seconds an image, median.
+        score, map: largest difference of a score and of a map from the pipeline's, in standard deviations of good
+            images.
+        problem: why it can't be run; the other figures are then 0.
     """
 
-    def __init__(self, name: str, metadata: dict[str, Any], run: Callable[[NDArray], list[NDArray]]) -> None:
-        self.name = name
-        self.metadata = metadata
-        self._run = run
+    engine: str
+    part: str
+    precision: str
+    batch: int
+    load: float
+    image: float
+    score: float
+    map: float
+    problem: str = ""
 
-    def __call__(self, images: NDArray) -> Arrays:
-        """images uint8 [B, 3, height, width] -> `OUTPUTS`, as float32, bool and int64 arrays."""
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be uint8 [B, 3, height, width], got {images.dtype} {images.shape}")
-        given = images if self.metadata["images"] == "uint8" else images.astype(np.float32) / 255
-        return dict(zip(OUTPUTS, self._run(np.ascontiguousarray(given)), strict=True))
+    @property
+    def plan(self) -> Plan:
+        return Plan(self.engine, self.part, self.precision)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether its verdicts are the detector's."""
+        return not self.problem and self.score <= BOUNDS[self.precision]
 
 
-def load_engine(path: str | os.PathLike, threads: int | None = None, trusted: bool = False) -> Engine:
-    """The detector in an exported file, run by the engine of its format.
+class Choice(NamedTuple):
+    """The plan that is used (None: the pipeline as it is), what is known of all plans, and a remark for the user."""
+
+    plan: Plan | None
+    examined: list[Examined]
+    note: str | None
+
+
+def use_engine(
+    detector: AnomalyDetector,
+    name: str = "auto",
+    images: Sequence[ImageLike] = (),
+    *,
+    count: int | None = None,
+    batch: int = 1,
+    precision: str = "float32",
+    cache_dir: str | os.PathLike | None = None,
+    quiet: bool = False,
+) -> Choice:
+    """Let the detector measure images by an engine from now on.
 
     Args:
-        threads: of the engine; None is its own choice, for "torch" this process's.
-        trusted: a torch.export archive may hold pickles, which run whatever they say: it is opened only where this is
-            True.
+        name: one of `ENGINES`. "auto" is the fastest that agrees with the pipeline: as it was measured before on this
+            machine, or, if `count` is worth it, as is measured now.
+        images: some like those that will be measured, to examine engines on.
+        count: how many images there are to measure; None is no end of them.
+        batch: at a time.
+        precision: of the engine's part, a key of `BOUNDS`; this package's own network has that of the recipe.
 
     Raises:
-        ExportError: missing, damaged, or no exported detector, or of a version that is not read.
-        MissingPackageError: its engine is not installed.
+        EngineError: there is no such engine or precision here, or none of its plans agrees with the pipeline.
+        MissingPackageError: its package is not installed.
     """
-    path = Path(path)
-    loaders = {".onnx": _load_onnx, ".xml": _load_openvino, ".pt2": _load_torch}
-    if path.suffix == ".pt2" and not trusted:
-        raise ExportError(f"{path} may hold pickles, which run whatever they say: open it with torch.export.load")
-    if path.suffix not in loaders:
-        raise ExportError(f"{path}: an exported detector ends in {', '.join(SUFFIXES.values())}")
-    if not path.is_file():
-        raise ExportError(f"{path} is not there")
-    return loaders[path.suffix](path, threads)
+    if name not in ENGINES:
+        raise EngineError(f"the engine must be one of {', '.join(ENGINES)}, got {printable(name)!r}")
+    if precision not in BOUNDS:
+        raise EngineError(f"an engine's precision must be one of {', '.join(BOUNDS)}, got {printable(precision)!r}")
+    if name not in ("auto", "torch"):
+        require(name, "onnx", "onnxscript")
+    detector.engine = None
+    if detector.device.type != "cpu":
+        if name not in ("auto", "torch") or precision != "float32":
+            raise EngineError(f"the detector is on {detector.device}: there it is PyTorch in float32 alone")
+        return Choice(None, [], None)
+    plans = [plan for plan in plans_here() if name in ("auto", plan.engine) and plan.precision == precision]
+    if not plans:
+        raise EngineError(f"no engine computes in {precision} on this machine as it should")
+    files = EngineFiles(detector, cache_dir)
+    if plans == [Plan("torch", "features", "float32")]:
+        return _set(detector, plans[0] if count is None or count > _WORTH_FOLDING else None, files, [])
+    known = [row for row in _rows(files.table()) if row.batch == batch and row.plan in plans]
+    if {row.plan for row in known} != set(plans):
+        few = count is not None and count < WORTH_MEASURING
+        if (name, precision) == ("auto", "float32") and (few or not len(images)):
+            folds = count is None or count > _WORTH_FOLDING
+            return _set(detector, Plan("torch", "features", "float32") if folds else None, files, [])
+        known = examine(detector, images, [batch], cache_dir=cache_dir, quiet=quiet, plans=plans)
+    able = [row for row in known if row.agrees]
+    if not able:
+        raise EngineError(f"{name} does not agree with the detector here: {'; '.join(map(_why_not, known))}")
+    total = 1e9 if count is None else count
+    best = min(able, key=lambda row: row.load + total * row.image)
+    return _set(detector, best.plan, files, known)
 
 
-def _load_onnx(path: Path, threads: int | None) -> Engine:
-    require("onnxruntime")
-    import onnxruntime
+def examine(
+    detector: AnomalyDetector,
+    images: Sequence[ImageLike],
+    batches: Sequence[int],
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    quiet: bool = False,
+    plans: Sequence[Plan] | None = None,
+) -> list[Examined]:
+    """Measure plans in turns on some of the images, hold them against the pipeline, and remember it all.
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime's own classes of errors share no base
-        raise _damaged(path, error) from None
-    metadata = _checked(path, session.get_modelmeta().custom_metadata_map.get(METADATA))
-    return Engine("onnxruntime", metadata, lambda images: session.run(list(OUTPUTS), {"images": images}))
+    Args:
+        batches: sizes to measure.
+        plans: None for all of `plans_here`.
 
-
-def _load_openvino(path: Path, threads: int | None) -> Engine:
-    require("openvino")
-    import openvino
-
-    if not path.with_suffix(".bin").is_file():
-        raise ExportError(f"{path} has no weights: {path.with_suffix('.bin').name} is not beside it")
-    # float32 whatever the processor would rather take: the numbers are those that the file was checked with.
-    options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    if threads:
-        options["INFERENCE_NUM_THREADS"] = threads
-    try:
-        core = openvino.Core()
-        model = core.read_model(path)
-        metadata = _checked(path, model.get_rt_info(METADATA).astype(str) if model.has_rt_info(METADATA) else None)
-        request = core.compile_model(model, "CPU", options).create_infer_request()
-    except RuntimeError as error:
-        raise _damaged(path, error) from None
-
-    def run(images: NDArray) -> list[NDArray]:
-        found = request.infer({"images": images})
-        return [np.array(found[name]) for name in OUTPUTS]  # its memory is used again by the next call
-
-    return Engine("openvino", metadata, run)
-
-
-def _load_torch(path: Path, threads: int | None) -> Engine:
-    extra = {METADATA: ""}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                raise ExportError(f"{path} is damaged")
-        module = torch.export.load(str(path), extra_files=extra).module()
-    except (zipfile.BadZipFile, RuntimeError, ValueError, KeyError, OSError) as error:
-        raise _damaged(path, error) from None
-    metadata = _checked(path, extra[METADATA])
-
-    def run(images: NDArray) -> list[NDArray]:
-        with torch.inference_mode():
-            return [part.numpy() for part in module(torch.from_numpy(images))]
-
-    return Engine("torch", metadata, run)
+    Raises:
+        EngineError: no image can be read.
+    """
+    picked = [images[i] for i in np.linspace(0, len(images) - 1, min(len(images), _EXAMINED)).astype(int)]
+    read = list(read_batches(picked, detector.settings.image_size, _EXAMINED))
+    if not read or not len(read[0].images):
+        raise EngineError("no image can be read to examine engines on")
+    sample, files = read[0].images, EngineFiles(detector, cache_dir)
+    wanted = plans_here() if plans is None else list(plans)
+    rows: list[Examined] = []
+    with progress("examining engines", len(wanted) + len(batches), unit="step", quiet=quiet) as bar:
+        ready: dict[Plan, tuple[Measure, float]] = {}
+        for plan in wanted:
+            try:
+                if plan.engine != "torch":
+                    files.graph(plan.part)
+                started = time.perf_counter()
+                measure = runner(plan, detector.pipeline, files)
+                measure(sample[:1], None)
+                ready[plan] = measure, time.perf_counter() - started
+            except Exception as error:  # an engine that fails, however, is one that is not taken
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                rows += [Examined(*plan, batch, 0.0, 0.0, 0.0, 0.0, reason) for batch in batches]
+            bar.update(1)
+        for batch in batches:
+            rows += _examined(detector, sample, batch, ready)
+            bar.update(1)
+    old = [row for row in _rows(files.table()) if (row.plan, row.batch) not in {(one.plan, one.batch) for one in rows}]
+    files.remember([asdict(row) for row in old + rows])
+    return rows
 
 
-def _checked(path: Path, text: str | None) -> dict[str, Any]:
-    try:
-        metadata = json.loads(text or "")
-        known = metadata["format"] == METADATA
-    except (ValueError, KeyError, TypeError, RecursionError):
-        known = False
-    if not known:
-        raise ExportError(f"{path} was not exported by uniad_fast: it says nothing of a detector")
-    if metadata.get("version") != VERSION or metadata.get("outputs") != list(OUTPUTS):
-        raise ExportError(
-            f"{path} is of version {metadata.get('version')!r} and this reads {VERSION}: export the bundle again"
-        )
-    return metadata
+def _examined(
+    detector: AnomalyDetector, sample: Tensor, batch: int, ready: dict[Plan, tuple[Measure, float]]
+) -> list[Examined]:
+    given = sample.repeat(-(-batch // len(sample)), 1, 1, 1)[: max(batch, len(sample) // batch * batch)]
+    parts = given.split(batch)
+    truth = [_judged(detector, detector.pipeline.measure, part) for part in parts]
+    off = {}
+    for plan, (measure, _) in ready.items():
+        pairs = [(_judged(detector, measure, part), own) for part, own in zip(parts, truth, strict=True)]
+        off[plan] = [max(difference(theirs[k], own[k]) for theirs, own in pairs) for k in (0, 1)]
+    times: dict[Plan, list[float]] = {plan: [] for plan in ready}
+    started = time.perf_counter()
+    for number in range(_ROUNDS):
+        if number > 2 and time.perf_counter() - started > _SECONDS:
+            break
+        for plan, (measure, _) in ready.items():
+            before = time.perf_counter()
+            measure(parts[number % len(parts)], None)
+            times[plan].append((time.perf_counter() - before) / batch)
+    return [Examined(*plan, batch, ready[plan][1], median(times[plan]), off[plan][0], off[plan][1]) for plan in ready]
 
 
-def _damaged(path: Path, error: Exception) -> ExportError:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    return ExportError(f"{path} can't be read: it is damaged, or something else ({reason[0][:200]})")
+def _judged(detector: AnomalyDetector, measure: Measure, images: Tensor) -> tuple[Any, Any]:
+    """(scores, maps) of some images as a detector gives them; of one without a scale, by the maps' deviation."""
+    found = measure(images, None)
+    predictions = detector.judge(detector.pipeline.enlarge(found.score_maps), found.fields)
+    scores, maps = np.array([one.score for one in predictions]), np.stack([one.anomaly_map for one in predictions])
+    scale = 1.0 if detector.is_calibrated else max(float(maps.std()), 1e-12)
+    return scores / scale, maps / scale
+
+
+def _set(detector: AnomalyDetector, plan: Plan | None, files: EngineFiles, known: list[Examined]) -> Choice:
+    if plan is None:
+        return Choice(None, known, None)
+    detector.engine = runner(plan, detector.pipeline, files)
+    others = [row for row in known if not row.agrees and not row.problem]
+    note = "; ".join(map(_why_not, others)) if others else None
+    return Choice(plan, known, note)
+
+
+def _rows(table: list[dict[str, Any]] | None) -> list[Examined]:
+    """Rows of a table; none where somebody has written something else."""
+    names = {one.name for one in fields(Examined)}
+    rows = [Examined(**row) for row in table or [] if row.keys() == names]
+    return [row for row in rows if row.precision in BOUNDS]
+
+
+def _why_not(row: Examined) -> str:
+    if row.problem:
+        return f"{row.plan}: {printable(row.problem)}"
+    return f"{row.plan} is off by {row.score:.2g} standard deviations, and may be by {BOUNDS[row.precision]}"

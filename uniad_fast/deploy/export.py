@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def export_detector(
     if images == "uint8":
         example = example.to(torch.uint8)
     any_size = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         program = torch.export.export(graph, (example,), dynamic_shapes={"images": any_size})
     metadata = _metadata(trained, precision, images)
     text = json.dumps(metadata)
@@ -107,14 +107,19 @@ def _metadata(trained: Trained, precision: str, images: str) -> dict[str, Any]:
     }
 
 
+def onnx_model(program: torch.export.ExportedProgram, example: torch.Tensor, outputs: Sequence[str]) -> Any:
+    """An `onnx.ModelProto` of a program that takes `images`."""
+    options: dict[str, Any] = {"opset_version": _OPSET, "input_names": ["images"], "output_names": list(outputs)}
+    with quiet():
+        found = torch.onnx.export(program, (example,), dynamo=True, verbose=False, **options)
+    assert found is not None
+    return found.model_proto
+
+
 def _write_onnx(program: torch.export.ExportedProgram, example: torch.Tensor, path: Path, metadata: str) -> None:
     import onnx
 
-    options: dict[str, Any] = {"opset_version": _OPSET, "input_names": ["images"], "output_names": list(OUTPUTS)}
-    with _quiet():
-        found = torch.onnx.export(program, (example,), dynamo=True, verbose=False, **options)
-    assert found is not None
-    model = found.model_proto
+    model = onnx_model(program, example, OUTPUTS)
     onnx.helper.set_model_props(model, {METADATA: metadata})
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
@@ -139,7 +144,7 @@ def _write_openvino(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the exporters' remarks about their own insides."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
     before = [logger.level for logger in loggers]

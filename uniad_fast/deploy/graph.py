@@ -68,26 +68,44 @@ class DetectorGraph(nn.Module):
         return (raw - self.centers[which][fields].view(shape)) / self.spreads[which][fields].view(shape)
 
 
+class ResidualGraph(nn.Module):
+    """images [B, 3, S, S], float in [0, 1] -> features [B, N, C] and their residual [B, N, C]: what takes time.
+
+    It shares the detector's tensors, and changes nothing in it.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        super().__init__()
+        self.pipeline = _in_stock_operators(pipeline)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return _residual(self.pipeline, images)
+
+
 def score_maps(pipeline: Pipeline, images: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
     """images [B, 3, S, S] in [0, 1] -> (raw scores per location [B, H, W], field of each image [B]).
 
     The numbers of `Pipeline.score_maps` and `Pipeline.fields_of` without a branch that depends on the data; owners are
     those of its Gaussians' directions.
     """
-    features = pipeline.backbone(images)
-    tokens = features.flatten(2).transpose(1, 2)
+    tokens, residual = _residual(pipeline, images)
     scoring = pipeline.residual_score
     if pipeline.recognizer is None:
         fields = images.new_zeros(images.shape[0], dtype=torch.int64)
     else:
         found = pipeline.recognizer(tokens[..., scoring.deepest])
         fields = torch.where(found == UNSURE, pipeline.fields - 1, found)
-    target = (tokens - pipeline.mean) / pipeline.std
-    residual = pipeline.model.reconstruct(target) - target  # [B, N, C]
     if scoring.gaussians is not None:
         scores = distances(scoring.gaussians, residual[..., scoring.deepest], fields, owners)
         return scores.unflatten(1, pipeline.model.feature_size), fields
     return scoring(residual.transpose(1, 2).unflatten(2, pipeline.model.feature_size)), fields
+
+
+def _residual(pipeline: Pipeline, images: Tensor) -> tuple[Tensor, Tensor]:
+    """images [B, 3, S, S] in [0, 1] -> features and their residual, [B, N, C] each."""
+    tokens = pipeline.backbone(images).flatten(2).transpose(1, 2)
+    target = (tokens - pipeline.mean) / pipeline.std
+    return tokens, pipeline.model.reconstruct(target) - target
 
 
 def distances(gaussians: GoodGaussians, x: Tensor, fields: Tensor, owners: Tensor) -> Tensor:

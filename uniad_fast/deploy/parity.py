@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..data.images import read_image
 from ..detect.detector import AnomalyDetector
-from .engines import Engine
+from .exported import ExportedDetector
 
 BATCHES = (1, 7)
 BOUNDS = {"float32": 0.05, "float16": 0.25}
@@ -49,7 +49,7 @@ class Parity:
         return self.score <= most and self.map <= most and not self.classes
 
 
-def compare(detector: AnomalyDetector, engine: Engine, paths: Sequence[Path]) -> list[Parity]:
+def compare(detector: AnomalyDetector, exported: ExportedDetector, paths: Sequence[Path]) -> list[Parity]:
     """What the file says beside `AnomalyDetector.predict`: of images at their own size, one by one, and of the same at
     the detector's, several at a time.
 
@@ -59,19 +59,21 @@ def compare(detector: AnomalyDetector, engine: Engine, paths: Sequence[Path]) ->
     pictures = [read_image(path) for path in paths]
     side = detector.settings.image_size
     square = [picture.resize((side, side), Image.Resampling.BILINEAR) for picture in pictures]
-    return [_compared(detector, engine, batch, own) for batch, own in zip(BATCHES, (pictures, square), strict=True)]
+    return [_compared(detector, exported, batch, own) for batch, own in zip(BATCHES, (pictures, square), strict=True)]
 
 
-def _compared(detector: AnomalyDetector, engine: Engine, batch: int, pictures: Sequence[Image.Image]) -> Parity:
+def _compared(
+    detector: AnomalyDetector, exported: ExportedDetector, batch: int, pictures: Sequence[Image.Image]
+) -> Parity:
     score = largest = 0.0
     labels = classes = 0
-    names = engine.metadata["classes"]
+    names = exported.metadata["classes"]
     for start in range(0, len(pictures), batch):
         group = pictures[start : start + batch]
-        theirs = engine(np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in group]))
+        theirs = exported(np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in group]))
         for row, ours in enumerate(detector.predict(group)):
-            score = max(score, _difference(np.array(ours.score), theirs["score"][row]))
-            largest = max(largest, _difference(ours.anomaly_map, theirs["anomaly_map"][row]))
+            score = max(score, difference(np.array(ours.score), theirs["score"][row]))
+            largest = max(largest, difference(ours.anomaly_map, theirs["anomaly_map"][row]))
             labels += bool(theirs["defective"][row]) != ours.label
             number = int(theirs["class"][row])
             classes += (names[number] if 0 <= number < len(names) else None) != ours.class_name
@@ -80,7 +82,7 @@ def _compared(detector: AnomalyDetector, engine: Engine, batch: int, pictures: S
     return Parity(batch, len(pictures), score, largest, labels, classes, resized)
 
 
-def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     """The largest; infinite where one is not finite and the other is something else. Beyond `_FAR`, a share of it."""
     if ours.shape != theirs.shape:
         return float("inf")

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -24,7 +24,7 @@ from .calibration import Calibration
 from .fitting import new_pipeline
 from .good_images import GoodImages, good_samples
 from .learning import Run, Surroundings, learn, recalibrated
-from .pipeline import Pipeline
+from .pipeline import Measured, Pipeline
 from .prediction import Prediction, judge_maps
 from .public_config import read_config
 from .settings import DetectorSettings
@@ -51,6 +51,7 @@ class AnomalyDetector:
         settings: all choices, with their defaults.
         unreadable: images that `fit` or `calibrate` left out, one message each.
         notes: remarks on images that they did not see quite as they are.
+        engine: what `predict` measures images with in place of the pipeline, see `uniad_fast.deploy.engines`.
 
     Raises:
         UniadFastError: an argument is out of range, or there is no such device.
@@ -69,11 +70,10 @@ class AnomalyDetector:
     ) -> None:
         self.settings = DetectorSettings(backbone, image_size, **settings)
         self.backbone_weights = backbone_weights
-        self.device = usable_device(device)
-        self.impl = usable_impl(impl)
+        self.device, self.impl = usable_device(device), usable_impl(impl)
         self.cache_dir = cache_dir
-        self.unreadable: list[str] = []
-        self.notes: list[str] = []
+        self.unreadable, self.notes = list[str](), list[str]()
+        self.engine: Callable[[Tensor, Sequence[int | None] | None], Measured] | None = None
         self._trained: Trained | None = None
         self._roi: Tensor | None = None
 
@@ -154,13 +154,13 @@ class AnomalyDetector:
 
         Raises: as `fit` does; DataError too where a known class has no image in `data`.
         """
-        before = self.trained
-        self._learn(good_samples(data), Run(work_dir, resume, checkpoint_seconds), quiet, before)
+        self._learn(good_samples(data), Run(work_dir, resume, checkpoint_seconds), quiet, self.trained)
         return self
 
     def _learn(self, samples: list[Sample], run: Run, quiet: bool, before: Trained | None) -> None:
-        where = self._surroundings(quiet)
-        self._trained, self.unreadable, self.notes = learn(self.settings, samples, where, run, before, self._roi)
+        self.engine = None  # it would go on with what was known before
+        found = learn(self.settings, samples, self._surroundings(quiet), run, before, self._roi)
+        self._trained, self.unreadable, self.notes = found
 
     def calibrate(
         self, data: GoodImages, *, false_alarm_rate: float | None = None, quiet: bool = False
@@ -177,14 +177,14 @@ class AnomalyDetector:
         """
         if false_alarm_rate is not None:
             self.settings = dataclasses.replace(self.settings, false_alarm_rate=false_alarm_rate)
-        known = self.trained._replace(settings=self.settings)
-        self._trained, found = recalibrated(known, good_samples(data), self._surroundings(quiet))
+        known, where = self.trained._replace(settings=self.settings), self._surroundings(quiet)
+        self._trained, found = recalibrated(known, good_samples(data), where)
         self.unreadable, self.notes = found.unreadable, found.notes
         return self
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether there is a threshold; a converted detector has none before `calibrate`."""
+        """Whether it has a threshold; a converted detector has none before `calibrate`."""
         return self._trained is not None and self._trained.calibration is not None
 
     @property
@@ -228,19 +228,21 @@ class AnomalyDetector:
         """
         if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
             return self.predict([images], class_name)[0]
-        number = None if class_name is None else self.trained.class_number(class_name)
+        told = None if class_name is None else self.trained.class_number(class_name)
         predictions: list[Prediction] = []
         for batch in read_batches(images, self.settings.image_size):
             if batch.failures:
                 raise UnreadableImage(batch.failures[0].message(images[len(predictions) :]))
-            tokens = self.pipeline.tokens(batch.images)
-            fields = self.pipeline.fields_of(tokens, [number] * len(tokens))
-            maps = self.pipeline.enlarge(self.pipeline.score_maps(tokens, fields))
-            predictions += self.judge(maps, fields, sizes=batch.sizes)
+            _, score_maps, fields = self.measure(batch.images, [told] * len(batch.images))
+            predictions += self.judge(self.pipeline.enlarge(score_maps), fields, sizes=batch.sizes)
         for number, prediction in enumerate(predictions):
             if not math.isfinite(prediction.score):
                 raise UniadFastError(f"the score of image {number} is {prediction.score}: no label can be given to it")
         return predictions
+
+    def measure(self, images: Tensor, told: Sequence[int | None] | None = None) -> Measured:
+        """images [B, 3, S, S] in [0, 1] by the engine that is set, as `Pipeline.measure` does it."""
+        return (self.engine or self.pipeline.measure)(images, told)
 
     def judge(
         self,

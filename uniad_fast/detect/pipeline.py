@@ -1,6 +1,7 @@
 """From images to anomaly maps: the module that a bundle keeps."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,16 @@ from ..models.precision import autocast
 from ..models.reconstructor import Reconstructor
 from .class_recognizer import UNSURE, ClassRecognizer
 from .residual_score import ResidualScore
+
+
+class Measured(NamedTuple):
+    """B images, measured: features [B, N, C], raw scores per location [B, H, W] in float32, and by which field each was
+    measured, [B].
+    """
+
+    tokens: Tensor
+    score_maps: Tensor
+    fields: Tensor
 
 
 class Pipeline(nn.Module):
@@ -64,8 +75,18 @@ class Pipeline(nn.Module):
         """images [B, 3, S, S] in [0, 1] -> anomaly maps [B, S, S], each by the field of the class that is
         recognized.
         """
+        return self.enlarge(self.measure(images).score_maps)
+
+    def measure(self, images: Tensor, told: Sequence[int | None] | None = None) -> Measured:
+        """images [B, 3, S, S] in [0, 1], told as `fields_of` takes it."""
         tokens = self.tokens(images)
-        return self.enlarge(self.score_maps(tokens, self.fields_of(tokens)))
+        return self.measure_residual(tokens, self.residual(tokens), told)
+
+    def measure_residual(self, tokens: Tensor, residual: Tensor, told: Sequence[int | None] | None = None) -> Measured:
+        """tokens [B, N, C], their residual [B, C, H, W] and told as `fields_of` takes it."""
+        fields = self.fields_of(tokens, told)
+        with torch.inference_mode():
+            return Measured(tokens, self.residual_score(residual, fields), fields)
 
     def tokens(self, images: Tensor) -> Tensor:
         """images [B, 3, S, S] in [0, 1] -> features [B, N, C].

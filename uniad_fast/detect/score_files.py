@@ -1,5 +1,6 @@
 """The one road of image files through a detector: read once, ahead; scored; judged."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from ..printable import printable
 from ..progress import progress
 from ..signals import stop_if_asked
 from .detector import AnomalyDetector
+from .pace import Pace
 from .prediction import Prediction
 
 
@@ -51,6 +53,7 @@ def score_files(
     classes: Sequence[str | None] | None = None,
     batch_size: int = BATCH,
     keep_pictures: bool = False,
+    pace: Pace | None = None,
     quiet: bool = False,
 ) -> Iterator[ScoredBatch]:
     """Score image files in order, a batch at a time, with a progress bar.
@@ -59,6 +62,7 @@ def score_files(
         threshold: instead of the detector's.
         classes: of each image, None where it is to be recognized; None for all of them.
         keep_pictures: give the decoded images too.
+        pace: told how long it takes.
 
     Raises:
         UniadFastError: the detector does not know a class.
@@ -68,17 +72,23 @@ def score_files(
     size = pipeline.image_size
     numbers = {name: detector.trained.class_number(name) for name in {*(classes or ())} if name is not None}
     told = [None if name is None else numbers[name] for name in classes or [None] * len(paths)]
-    start = 0
-    with progress("scoring", len(paths), quiet=quiet) as bar:
-        for batch in read_batches(paths, size, batch_size, keep_pictures=keep_pictures):
+    start, pace = 0, pace or Pace()
+    batches = read_batches(paths, size, batch_size, keep_pictures=keep_pictures)
+    with progress("scoring", len(paths), quiet=quiet) as bar, contextlib.closing(batches):
+        while True:
+            with pace.stage("waiting for files"):
+                batch = next(batches, None)
+            if batch is None:
+                return
             images: list[ScoredImage] = []
             tokens = torch.zeros(0, 0, 0)
             if batch.used:
-                tokens = pipeline.tokens(batch.images)
                 places = [start + position for position in batch.used]
-                fields = pipeline.fields_of(tokens, [told[place] for place in places])
-                score_maps = pipeline.score_maps(tokens, fields)
-                predictions = detector.judge(pipeline.enlarge(score_maps), fields, threshold, batch.sizes)
+                with pace.stage("measuring"):
+                    tokens, score_maps, fields = detector.measure(batch.images, [told[place] for place in places])
+                with pace.stage("verdicts"):
+                    predictions = detector.judge(pipeline.enlarge(score_maps), fields, threshold, batch.sizes)
+                pace.judged(batch.opened)
                 pictures = batch.pictures if keep_pictures else [None] * len(places)
                 scored = zip(places, [paths[n] for n in places], pictures, predictions, score_maps.cpu(), strict=True)
                 images = [ScoredImage(*one) for one in scored]

@@ -1,7 +1,9 @@
 """Scores of image files and folders on disk: a row an image, a heat-map file an image."""
 
 import math
+import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +14,7 @@ from ..data.samples import DataError
 from ..printable import printable
 from .detector import AnomalyDetector
 from .heatmap import heat_map
+from .pace import Pace
 from .results import ScoreFiles, write_png
 from .score_files import ScoredImage, score_files
 
@@ -26,6 +29,7 @@ class Scored:
         not_finite: a message for each whose score is not finite, which is neither good nor defective.
         not_drawn: a message for each whose heat map could not be written.
         notes: remarks on images that were not seen quite as they are.
+        pace: how fast it went.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -33,6 +37,7 @@ class Scored:
     not_finite: list[str] = field(default_factory=list)
     not_drawn: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def defective(self) -> int:
@@ -119,40 +124,81 @@ def write_scores(
         Stopped: a signal asked for it; what is done is written.
     """
     found = Scored()
-    paths = [one.path for one in named]
-    classes = [one.class_name for one in named]
-    options: dict[str, Any] = {"threshold": threshold, "classes": classes, "batch_size": batch_size, "quiet": quiet}
-    with ScoreFiles(output) as files:
-        for batch in score_files(detector, paths, keep_pictures=heat_maps, **options):
-            found.unreadable += batch.unreadable
-            found.notes += batch.notes
-            for image in batch.images:
-                prediction = image.prediction
-                if not math.isfinite(prediction.score):
-                    found.not_finite.append(f"{printable(image.path)}: its score is {prediction.score}")
-                    continue
-                drawn = None
-                if heat_maps:
-                    drawn = _draw(detector, image, output / "heatmaps" / named[image.number].heat_map, found)
-                row = {
-                    "image": str(image.path),
-                    "class": prediction.class_name,
-                    "score": prediction.score,
-                    "label": int(bool(prediction.label)),
-                    "threshold": threshold,
-                    "heat_map": drawn,
-                    "regions": [region.to_json() for region in prediction.regions if region.area >= min_area],
-                }
-                files.add(row)
-                found.rows.append(row)
+    with ScoreFiles(output) as files, ThreadPoolExecutor(os.cpu_count()) as pool:
+        writer = _Writer(detector, named, output, threshold, min_area, files, pool if heat_maps else None, found)
+        scored = score_files(
+            detector,
+            [one.path for one in named],
+            threshold=threshold,
+            classes=[one.class_name for one in named],
+            batch_size=batch_size,
+            keep_pictures=heat_maps,
+            pace=found.pace,
+            quiet=quiet,
+        )
+        try:
+            for batch in scored:
+                found.unreadable += batch.unreadable
+                found.notes += batch.notes
+                with found.pace.stage("drawing and writing"):
+                    writer.take(batch.images)
+        finally:
+            with found.pace.stage("drawing and writing"):
+                writer.finish()
     return found
 
 
-def _draw(detector: AnomalyDetector, image: ScoredImage, target: Path, found: Scored) -> str | None:
+@dataclass
+class _Writer:
+    """Draws the pictures of a batch while the next one is measured, and writes its rows then."""
+
+    detector: AnomalyDetector
+    named: Sequence[NamedImage]
+    output: Path
+    threshold: float
+    min_area: float
+    files: ScoreFiles
+    pool: ThreadPoolExecutor | None
+    found: Scored
+    drawing: list[tuple[ScoredImage, Future[str] | None]] = field(default_factory=list)
+
+    def take(self, images: Sequence[ScoredImage]) -> None:
+        """Begin to draw these, once those before are written."""
+        self.finish()
+        for image in images:
+            if not math.isfinite(image.prediction.score):
+                self.found.not_finite.append(f"{printable(image.path)}: its score is {image.prediction.score}")
+                continue
+            target = self.output / "heatmaps" / self.named[image.number].heat_map
+            drawn = None if self.pool is None else self.pool.submit(_draw, self.detector, image, target)
+            self.drawing.append((image, drawn))
+
+    def finish(self) -> None:
+        """Write the rows of what has been taken, as soon as their pictures are drawn."""
+        begun, self.drawing = self.drawing, []
+        for image, future in begun:
+            prediction = image.prediction
+            row = {
+                "image": str(image.path),
+                "class": prediction.class_name,
+                "score": prediction.score,
+                "label": int(bool(prediction.label)),
+                "threshold": self.threshold,
+                "heat_map": None if future is None else self._drawn(image, future),
+                "regions": [region.to_json() for region in prediction.regions if region.area >= self.min_area],
+            }
+            self.files.add(row)
+            self.found.rows.append(row)
+
+    def _drawn(self, image: ScoredImage, future: Future[str]) -> str | None:
+        try:
+            return future.result()
+        except (OSError, MemoryError) as error:
+            self.found.not_drawn.append(f"{printable(image.path)}: no heat map ({printable(error)})")
+            return None
+
+
+def _draw(detector: AnomalyDetector, image: ScoredImage, target: Path) -> str:
     assert image.picture is not None
-    try:
-        drawn = heat_map(image.picture, image.prediction.anomaly_map, detector.calibration.color_range)
-        return str(write_png(drawn, target))
-    except (OSError, MemoryError) as error:
-        found.not_drawn.append(f"{printable(image.path)}: no heat map ({printable(error)})")
-        return None
+    drawn = heat_map(image.picture, image.prediction.anomaly_map, detector.calibration.color_range)
+    return str(write_png(drawn, target))

@@ -4,11 +4,13 @@ They are the paper's backbone and the demo's. timm's import takes longer than to
 all stages, whatever is asked for: a detector that scores pictures needs neither. Every other model is timm's.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -99,15 +101,40 @@ class EfficientNetFeatures(nn.Module):
         widths = tuple(_rounded(_STAGES[stage][4] * width) for stage in _LEVELS)
         self.feature_info = FeatureInfo(tuple(out_indices), widths)
 
+    @property
+    def stages(self) -> int:
+        """How many of `blocks` are computed: those behind the deepest level that is asked for are not."""
+        return _LEVELS[max(self.feature_info.out_indices)] + 1
+
     def forward(self, images: Tensor) -> list[Tensor]:
         x = self.bn1(self.conv_stem(images))
         wanted = [_LEVELS[level] for level in self.feature_info.out_indices]
         features = []
-        for number in range(max(wanted) + 1):  # later stages are not computed
+        for number in range(self.stages):
             x = self.blocks[number](x)
             if number in wanted:
                 features.append(x)
         return features
+
+
+def with_folded_norms(features: EfficientNetFeatures) -> EfficientNetFeatures:
+    """A copy in which each norm is part of the convolution before it: the same features to rounding, sooner."""
+    folded = copy.deepcopy(features, {id(tensor): tensor for tensor in features.state_dict(keep_vars=True).values()})
+    folded.blocks = folded.blocks[: folded.stages]
+    blocks = [block for stage in folded.blocks.children() for block in stage.children()]
+    with torch.no_grad():
+        for owner in [folded, *blocks]:
+            for conv, norm in _PAIRS[type(owner)]:
+                setattr(owner, norm, _fold(getattr(owner, conv), getattr(owner, norm)))
+    return folded.requires_grad_(False)
+
+
+def _fold(conv: nn.Conv2d, norm: "_Norm") -> "_Activation":
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    conv.weight = nn.Parameter(conv.weight * scale[:, None, None, None])
+    conv.bias = nn.Parameter(norm.bias - norm.running_mean * scale)
+    return _Activation(norm.activation)
 
 
 class _SameConv(nn.Conv2d):
@@ -136,6 +163,17 @@ class _Norm(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         x = super().forward(input)
+        return self.activation(x, inplace=True) if callable(self.activation) else x
+
+
+class _Activation(nn.Module):
+    """What is left of a norm that has been folded."""
+
+    def __init__(self, activation: object) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
         return self.activation(x, inplace=True) if callable(self.activation) else x
 
 
@@ -197,6 +235,14 @@ class _Inverted(nn.Module):
         out = self.bn2(self.conv_dw(self.bn1(self.conv_pw(x))))
         out = self.bn3(self.conv_pwl(self.se(out)))
         return out + x if self.has_skip else out
+
+
+# Of convolutions and the norms that follow them.
+_PAIRS: dict[type[nn.Module], tuple[tuple[str, str], ...]] = {
+    EfficientNetFeatures: (("conv_stem", "bn1"),),
+    _Separable: (("conv_dw", "bn1"), ("conv_pw", "bn2")),
+    _Inverted: (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")),
+}
 
 
 def _rounded(channels: float) -> int:

@@ -1,0 +1,103 @@
+"""Ways to measure images on this machine's processor: which engine runs how much of a detector, in which precision."""
+
+import copy
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..detect.pipeline import Measured, Pipeline
+from ..models.backbone import Backbone
+from ..models.efficientnet_features import EfficientNetFeatures, with_folded_norms
+from ..models.precision import computes_in_bfloat16
+from .engine_files import EngineFiles
+from .runtimes import onnxruntime_session, openvino_model, openvino_request
+
+Measure = Callable[[Tensor, Sequence[int | None] | None], Measured]
+
+
+class Plan(NamedTuple):
+    """A way to measure images: by which engine, how far it goes ("features", "network"), and in which precision."""
+
+    engine: str
+    part: str
+    precision: str
+
+    def __str__(self) -> str:
+        own = " + own network" if self.part == "features" else ""
+        return f"{self.engine} {self.precision}{own}"
+
+
+def plans_here() -> list[Plan]:
+    """All ways to measure images on this machine's processor, with what is installed."""
+    precisions = ["float32"] + ["bfloat16"] * computes_in_bfloat16("auto", torch.device("cpu"))
+    plans = [Plan("torch", "features", precision) for precision in precisions]
+    if find_spec("onnx") is None or find_spec("onnxscript") is None:
+        return plans
+    if find_spec("openvino") is not None:
+        plans += [Plan("openvino", part, precision) for part in ("features", "network") for precision in precisions]
+    if find_spec("onnxruntime") is not None:
+        plans += [Plan("onnxruntime", part, "float32") for part in ("features", "network")]
+    return plans
+
+
+def runner(plan: Plan, pipeline: Pipeline, files: EngineFiles) -> Measure:
+    """Measures images [B, 3, S, S] in [0, 1] as `Pipeline.measure` does, by the plan."""
+    if plan.engine == "torch":
+        backbone = _prepared(pipeline.backbone, plan.precision)
+        run = lambda images: [backbone(images).flatten(2).transpose(1, 2)]  # noqa: E731
+    else:
+        run = _run_of(plan, files.graph(plan.part))
+    size = pipeline.model.feature_size
+
+    def measure(images: Tensor, told: Sequence[int | None] | None = None) -> Measured:
+        tokens, *rest = run(images)
+        residual = rest[0].transpose(1, 2).unflatten(2, size) if rest else pipeline.residual(tokens)
+        return pipeline.measure_residual(tokens, residual, told)
+
+    return measure
+
+
+def _run_of(plan: Plan, path: Path) -> Callable[[Tensor], list[Tensor]]:
+    """The engine's graph: images -> tokens, and the residual where it goes that far."""
+    threads = torch.get_num_threads()
+    if plan.engine == "onnxruntime":
+        session = onnxruntime_session(path, threads)
+        return lambda images: [torch.from_numpy(one) for one in session.run(None, {"images": images.numpy()})]
+    request = openvino_request(openvino_model(path), threads, plan.precision)
+    count = len(request.model_outputs)
+
+    def run(images: Tensor) -> list[Tensor]:
+        request.infer({"images": images.contiguous().numpy()}, share_inputs=True)
+        # Its memory is used again by the next call.
+        return [torch.from_numpy(np.array(request.get_output_tensor(k).data, np.float32)) for k in range(count)]
+
+    return run
+
+
+def _prepared(backbone: Backbone, precision: str) -> Backbone:
+    """A copy for inference that shares what it can: norms folded where they are this package's, in that precision."""
+    prepared = copy.copy(backbone)
+    prepared._modules = dict(backbone._modules)
+    features = backbone.features
+    if isinstance(features, EfficientNetFeatures) and backbone.padded_for is None:
+        features = with_folded_norms(features)
+    if precision != "float32":
+        features = _InBfloat16(features if features is not backbone.features else copy.deepcopy(features))
+    prepared.features = features
+    return prepared
+
+
+class _InBfloat16(nn.Module):
+    """Feature maps as float32, computed in bfloat16."""
+
+    def __init__(self, features: nn.Module) -> None:
+        super().__init__()
+        self.features = features.to(torch.bfloat16)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [stage.float() for stage in self.features(images.to(torch.bfloat16))]
