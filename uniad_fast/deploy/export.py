@@ -22,11 +22,12 @@ from ..errors import UniadFastError
 from ..files import atomic_path
 from ..packages import require
 from ..state_dicts import hash_of_state_dict
-from .graph import OUTPUTS, DetectorGraph
+from .graph import INNER, OUTPUTS, DetectorGraph
+from .quantize import quantized
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 """{format: ending of its file}; an OpenVINO model has its weights in a .bin beside it."""
-PRECISIONS = ("float32", "float16")
+PRECISIONS = ("float32", "float16", "int8")
 METADATA = "uniad_fast"
 VERSION = 1
 _OPSET = 18  # the first with what is used; onnxruntime 1.14 and newer run it
@@ -37,7 +38,12 @@ class ExportError(UniadFastError):
 
 
 def export_detector(
-    trained: Trained, path: str | os.PathLike, format: str, precision: str = "float32", images: str = "uint8"
+    trained: Trained,
+    path: str | os.PathLike,
+    format: str,
+    precision: str = "float32",
+    images: str = "uint8",
+    good: Sequence[str | os.PathLike] = (),
 ) -> dict[str, Any]:
     """Write the file, whole or not at all; returns the metadata in it.
 
@@ -45,26 +51,17 @@ def export_detector(
         trained: a calibrated detector on a CPU.
         path: ends as `SUFFIXES` say.
         format: a key of `SUFFIXES`.
-        precision: of the weights in an OpenVINO model; the others are float32.
+        precision: of the weights in an OpenVINO model, or with "int8" of backbone and network; the others are float32.
         images: "uint8" or "float32", the dtype of the input.
+        good: image files that "int8" is calibrated on.
 
     Raises:
-        ExportError: no threshold, or no such format, precision, dtype or ending.
+        ExportError: no threshold, or no such format, precision, dtype or ending, or nothing to calibrate on.
         MissingPackageError: a package that the format needs is not installed.
     """
     path = Path(path)
-    if format not in SUFFIXES:
-        raise ExportError(f"format must be one of {', '.join(SUFFIXES)}, got {format!r}")
-    if path.suffix != SUFFIXES[format]:
-        raise ExportError(f"an {format} file ends in {SUFFIXES[format]}, got {path.name!r}")
-    if precision not in PRECISIONS or (precision != "float32" and format != "openvino"):
-        raise ExportError(f"precision must be float32, or float16 for openvino, got {precision!r} for {format}")
-    if images not in ("uint8", "float32"):
-        raise ExportError(f"images must be uint8 or float32, got {images!r}")
-    if trained.calibration is None:
-        raise ExportError("this detector has no threshold: set one first with uniad-fast calibrate")
-    require(*{"onnx": ("onnx", "onnxscript"), "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}[format])
-    graph = DetectorGraph(trained).eval()
+    _check_choices(trained, path, format, precision, images, bool(good))
+    graph = DetectorGraph(trained, inner=precision == "int8").eval()
     size = trained.settings.image_size
     example = torch.zeros(2, 3, size + 3, size + 5)
     if images == "uint8":
@@ -79,22 +76,50 @@ def export_detector(
             torch.export.save(program, file, extra_files={METADATA: text})
     elif format == "onnx":
         with atomic_path(path) as partial:
-            _write_onnx(program, example, partial, text)
+            _write_onnx(program, example, partial, OUTPUTS, text)
     else:
-        _write_openvino(program, example, path, text, precision)
+        with _as_openvino(program, example, path, precision) as model:
+            if precision == "int8":
+                with quiet():
+                    model = quantized(model, size, good)
+            _write_openvino(model, path, text, precision)
     return metadata
+
+
+def _check_choices(trained: Trained, path: Path, format: str, precision: str, images: str, is_calibrated: bool) -> None:
+    if format not in SUFFIXES:
+        raise ExportError(f"format must be one of {', '.join(SUFFIXES)}, got {format!r}")
+    if path.suffix != SUFFIXES[format]:
+        raise ExportError(f"an {format} file ends in {SUFFIXES[format]}, got {path.name!r}")
+    if precision not in PRECISIONS or (precision != "float32" and format != "openvino"):
+        raise ExportError(f"precision must be float32, or float16 or int8 for openvino, got {precision!r} for {format}")
+    if images not in ("uint8", "float32"):
+        raise ExportError(f"images must be uint8 or float32, got {images!r}")
+    if trained.calibration is None:
+        raise ExportError("this detector has no threshold: set one first with uniad-fast calibrate")
+    require(*{"onnx": ("onnx", "onnxscript"), "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}[format])
+    if precision == "int8":
+        require("nncf")
+        if not is_calibrated:
+            raise ExportError("int8 has to be calibrated: give good images")
+
+
+def hash_of(trained: Trained) -> str:
+    """Of a calibrated detector: of all that its verdicts hang on."""
+    assert trained.calibration is not None
+    weights = hash_of_state_dict(trained.pipeline.state_dict())
+    choices = json.dumps([trained.settings.to_json(), trained.calibration.to_json(), trained.names], default=str)
+    return hashlib.sha256(f"{weights}{choices}".encode()).hexdigest()
 
 
 def _metadata(trained: Trained, precision: str, images: str) -> dict[str, Any]:
     calibration = trained.calibration
     assert calibration is not None
-    weights = hash_of_state_dict(trained.pipeline.state_dict())
-    choices = json.dumps([trained.settings.to_json(), calibration.to_json(), trained.names], default=str)
     return {
         "format": METADATA,
         "version": VERSION,
         "uniad_fast": __version__,
-        "bundle": hashlib.sha256(f"{weights}{choices}".encode()).hexdigest(),
+        "bundle": hash_of(trained),
         "classes": list(trained.names),
         "image_size": trained.settings.image_size,
         "threshold": calibration.threshold.value,
@@ -116,26 +141,37 @@ def onnx_model(program: torch.export.ExportedProgram, example: torch.Tensor, out
     return found.model_proto
 
 
-def _write_onnx(program: torch.export.ExportedProgram, example: torch.Tensor, path: Path, metadata: str) -> None:
+def _write_onnx(
+    program: torch.export.ExportedProgram, example: torch.Tensor, path: Path, outputs: Sequence[str], metadata: str
+) -> None:
     import onnx
 
-    model = onnx_model(program, example, OUTPUTS)
+    model = onnx_model(program, example, outputs)
     onnx.helper.set_model_props(model, {METADATA: metadata})
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
 
 
-def _write_openvino(
-    program: torch.export.ExportedProgram, example: torch.Tensor, path: Path, metadata: str, precision: str
-) -> None:
+@contextlib.contextmanager
+def _as_openvino(
+    program: torch.export.ExportedProgram, example: torch.Tensor, path: Path, precision: str
+) -> Iterator[Any]:
+    """The program as an `openvino.Model`, which lies beside `path` meanwhile."""
     # By way of ONNX: OpenVINO's own reader of exported programs knows no sizes that are computed.
     import openvino
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as folder:
-        _write_onnx(program, example, Path(folder, "model.onnx"), metadata)
-        model = openvino.convert_model(Path(folder, "model.onnx"))
-        model.set_rt_info(metadata, METADATA)
+        file = Path(folder, "model.onnx")
+        _write_onnx(program, example, file, OUTPUTS + INNER if precision == "int8" else OUTPUTS, "")
+        yield openvino.convert_model(file)
+
+
+def _write_openvino(model: Any, path: Path, metadata: str, precision: str) -> None:
+    import openvino
+
+    model.set_rt_info(metadata, METADATA)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as folder:
         made = Path(folder, path.name)
         openvino.save_model(model, made, compress_to_fp16=precision == "float16")
         # The weights first: what is found without them is refused, not misread.
@@ -146,7 +182,10 @@ def _write_openvino(
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the exporters' remarks about their own insides."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch.onnx", "torch.export", "torch.utils.cpp_extension", "onnxscript", "nncf")
+    ]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

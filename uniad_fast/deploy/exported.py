@@ -3,16 +3,19 @@
 import json
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from ..detect.detector import AnomalyDetector
+from ..detect.pipeline import Measured
 from ..packages import require
-from .export import METADATA, SUFFIXES, VERSION, ExportError
+from .export import METADATA, SUFFIXES, VERSION, ExportError, hash_of
 from .graph import OUTPUTS
 from .runtimes import onnxruntime_session, openvino_model, openvino_request
 
@@ -62,6 +65,31 @@ def load_exported(path: str | os.PathLike, threads: int | None = None, trusted: 
     if not path.is_file():
         raise ExportError(f"{path} is not there")
     return loaders[path.suffix](path, threads)
+
+
+def measured_by_file(
+    detector: AnomalyDetector, path: str | os.PathLike
+) -> Callable[[Tensor, Sequence[int | None] | None], Measured]:
+    """What measures images as `Pipeline.measure` does, but for their features, by a file the detector was exported to.
+
+    Raises: as `load_exported` does, and ExportError where the file is another detector's.
+    """
+    file = load_exported(path, torch.get_num_threads())
+    trained = detector.trained
+    if trained.calibration is None or file.metadata["bundle"] != hash_of(trained):
+        raise ExportError(f"{path} was exported from another detector, or before this one was calibrated anew")
+    scale, last = trained.calibration.maps, trained.pipeline.fields - 1
+
+    def measure(images: Tensor, told: Sequence[int | None] | None = None) -> Measured:
+        if any(number is not None for number in told or ()):
+            raise ExportError(f"{path} recognizes the class of an image by itself: it can't be told")
+        found = file(images.mul(255).round().to(torch.uint8).cpu().numpy())
+        fields = torch.from_numpy(np.where(found["class"] < 0, last, found["class"]))
+        centers, spreads = (torch.tensor(part)[fields][:, None, None] for part in (scale.centers, scale.spreads))
+        raw = (torch.from_numpy(found["score_map"]) * spreads + centers).float()
+        return Measured(images.new_zeros(0, 0, 0), raw, fields)
+
+    return measure
 
 
 def _load_onnx(path: Path, threads: int | None) -> ExportedDetector:

@@ -20,6 +20,9 @@ OUTPUTS = ("score", "defective", "class", "score_map", "anomaly_map")
 that is above the threshold; int64 [B], the class recognized, -1 where none is for sure; [B, H, W], scores of places on
 the scale of the maps; [B, S, S], the same enlarged."""
 
+INNER = ("square", "residual")
+"""Between those two lies what is quantized: images [B, 3, S, S], and what the network left of their features."""
+
 
 class DetectorGraph(nn.Module):
     """images [B, 3, height, width], uint8 or float in [0, 1], of any size -> `OUTPUTS`.
@@ -29,14 +32,16 @@ class DetectorGraph(nn.Module):
     Args:
         trained: a calibrated detector.
         threshold: of the image score; None is the detector's own.
+        inner: give `INNER` too.
     """
 
     centers: Tensor
     spreads: Tensor
     owners: Tensor
 
-    def __init__(self, trained: Trained, threshold: float | None = None) -> None:
+    def __init__(self, trained: Trained, threshold: float | None = None, inner: bool = False) -> None:
         super().__init__()
+        self.inner = inner
         assert trained.calibration is not None
         calibration = trained.calibration
         self.pipeline = _in_stock_operators(trained.pipeline)
@@ -48,9 +53,11 @@ class DetectorGraph(nn.Module):
         gaussians = self.pipeline.residual_score.gaussians
         self.register_buffer("owners", torch.zeros(0) if gaussians is None else owners_of(gaussians))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         pipeline = self.pipeline
-        raw, fields = score_maps(pipeline, resized(images, pipeline.image_size), self.owners)
+        square = resized(images, pipeline.image_size)
+        tokens, residual = _residual(pipeline, square)
+        raw, fields = score_maps(pipeline, tokens, residual, self.owners)
         maps = pipeline.enlarge(raw)
         score = self._scaled(image_scores(maps, self.image_score), 0, fields)
         last = pipeline.fields - 1
@@ -61,6 +68,7 @@ class DetectorGraph(nn.Module):
             classes,
             self._scaled(raw, 1, fields),
             self._scaled(maps, 1, fields),
+            *((square, residual) if self.inner else ()),
         )
 
     def _scaled(self, raw: Tensor, which: int, fields: Tensor) -> Tensor:
@@ -82,16 +90,15 @@ class ResidualGraph(nn.Module):
         return _residual(self.pipeline, images)
 
 
-def score_maps(pipeline: Pipeline, images: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
-    """images [B, 3, S, S] in [0, 1] -> (raw scores per location [B, H, W], field of each image [B]).
+def score_maps(pipeline: Pipeline, tokens: Tensor, residual: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and their residual [B, N, C] -> (raw scores per location [B, H, W], field of each image [B]).
 
     The numbers of `Pipeline.score_maps` and `Pipeline.fields_of` without a branch that depends on the data; owners are
     those of its Gaussians' directions.
     """
-    tokens, residual = _residual(pipeline, images)
     scoring = pipeline.residual_score
     if pipeline.recognizer is None:
-        fields = images.new_zeros(images.shape[0], dtype=torch.int64)
+        fields = tokens.new_zeros(tokens.shape[0], dtype=torch.int64)
     else:
         found = pipeline.recognizer(tokens[..., scoring.deepest])
         fields = torch.where(found == UNSURE, pipeline.fields - 1, found)

@@ -12,8 +12,9 @@ from ..detect.detector import AnomalyDetector
 from .exported import ExportedDetector
 
 BATCHES = (1, 7)
-BOUNDS = {"float32": 0.05, "float16": 0.25}
-"""Largest difference of a score or a map, in standard deviations of good images, by the weights' precision."""
+BOUNDS = {"float32": 0.05, "float16": 0.25, "int8": 0.5}
+"""Largest difference of a score or a map, in standard deviations of good images, by the weights' precision; for int8,
+which rounds every image otherwise, the median of the scores' differences."""
 _FAR = 10
 """Standard deviations from which on a difference counts relative to the value: no verdict hangs on it there."""
 _RESIZED = 5
@@ -28,6 +29,7 @@ class Parity:
     Attributes:
         batch, images: how many images at a time, and in all.
         score, map: largest difference of an image's score, and of a pixel; of values beyond 10, in tenths of the value.
+        typical: median difference of the scores.
         labels, classes: how many images are labelled, or recognized, otherwise.
         resized: whether there is an image of another size than the detector's.
     """
@@ -36,16 +38,19 @@ class Parity:
     images: int
     score: float
     map: float
+    typical: float
     labels: int
     classes: int
     resized: bool
 
-    def within(self, bound: float) -> bool:
-        """Whether no difference is larger, or five times as large where there is something to resize.
+    def within(self, precision: str) -> bool:
+        """Whether no difference is beyond that of `BOUNDS`, or five times that where there is something to resize.
 
         A label may differ: then the threshold lies between two scores that are no further apart.
         """
-        most = bound * (_RESIZED if self.resized else 1)
+        most = BOUNDS[precision] * (_RESIZED if self.resized else 1)
+        if precision == "int8":
+            return self.typical <= most and not self.classes
         return self.score <= most and self.map <= most and not self.classes
 
 
@@ -65,21 +70,22 @@ def compare(detector: AnomalyDetector, exported: ExportedDetector, paths: Sequen
 def _compared(
     detector: AnomalyDetector, exported: ExportedDetector, batch: int, pictures: Sequence[Image.Image]
 ) -> Parity:
-    score = largest = 0.0
+    largest = 0.0
+    scores: list[float] = []
     labels = classes = 0
     names = exported.metadata["classes"]
     for start in range(0, len(pictures), batch):
         group = pictures[start : start + batch]
         theirs = exported(np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in group]))
         for row, ours in enumerate(detector.predict(group)):
-            score = max(score, difference(np.array(ours.score), theirs["score"][row]))
+            scores.append(difference(np.array(ours.score), theirs["score"][row]))
             largest = max(largest, difference(ours.anomaly_map, theirs["anomaly_map"][row]))
             labels += bool(theirs["defective"][row]) != ours.label
             number = int(theirs["class"][row])
             classes += (names[number] if 0 <= number < len(names) else None) != ours.class_name
     side = detector.settings.image_size
     resized = any(picture.size != (side, side) for picture in pictures)
-    return Parity(batch, len(pictures), score, largest, labels, classes, resized)
+    return Parity(batch, len(pictures), max(scores), largest, float(np.median(scores)), labels, classes, resized)
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -16,8 +16,8 @@ from .residual_score import ResidualScore
 
 
 class Measured(NamedTuple):
-    """B images, measured: features [B, N, C], raw scores per location [B, H, W] in float32, and by which field each was
-    measured, [B].
+    """B images, measured: features [B, N, C] (none where an engine keeps them), raw scores per location [B, H, W] in
+    float32, and by which field each was measured, [B].
     """
 
     tokens: Tensor

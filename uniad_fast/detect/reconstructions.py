@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.samples import Sample
+from ..errors import UniadFastError
 from ..files import atomic_path
 from ..printable import file_name, printable
 from .detector import AnomalyDetector
@@ -47,6 +48,8 @@ class Reconstructions:
         """Write those of images with features [len(samples), N, C]; a message for each that can't be written."""
         if self._directory is None or not samples:
             return []
+        if not len(tokens):
+            raise UniadFastError("reconstructions need the features, which an exported file keeps: use another engine")
         problems = []
         for sample, one in zip(samples, self._detector.pipeline.reconstruction(tokens).split(1), strict=True):
             try:
