@@ -46,6 +46,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     groups: dict[str, dict[str, float]] = {}
     device_figures: dict[tuple[str, str], str] = {}
     for bench in session.benchmarks if session is not None else []:
+        if bench.stats.rounds and "ways" in bench.extra_info:
+            groups[f"{bench.group}, an image"] = bench.extra_info["ways"]
+    for bench in session.benchmarks if session is not None else []:
         if bench.stats.rounds and "implementation" in bench.extra_info:
             implementation = bench.extra_info["implementation"]
             groups.setdefault(bench.group, {})[implementation] = bench.stats.median
@@ -66,4 +69,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for implementation, median in medians.items():
             ratio = f"{medians['public'] / median:6.2f} x public" if "public" in medians else ""
             figures = device_figures.get((group, implementation), "")
-            write(f"  {group:65} {implementation:10} {median * 1e3:10.2f} ms {ratio}{figures}")
+            write(f"  {group:55} {implementation:32} {median * 1e3:10.2f} ms {ratio}{figures}")

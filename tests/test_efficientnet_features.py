@@ -9,6 +9,7 @@ import timm
 import torch
 from conftest import call, save, striped_picture
 
+from uniad_fast.deploy.plans import _prepared
 from uniad_fast.models.backbone import Backbone
 from uniad_fast.models.efficientnet import pad_as_for
 from uniad_fast.models.efficientnet_features import (
@@ -109,6 +110,11 @@ def test_scoring_with_one_does_not_import_timm(tmp_path):
     assert result.stdout.splitlines()[-1] == "[]", result.stdout + result.stderr
 
 
+def with_mean(features):
+    features.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return features
+
+
 @pytest.mark.parametrize(("name", "levels"), [("tf_efficientnet_b0", (1, 3)), ("tf_efficientnet_lite0", ALL)])
 def test_folded_norms_give_the_same_features(name, levels):
     torch.manual_seed(0)
@@ -125,5 +131,8 @@ def test_folded_norms_give_the_same_features(name, levels):
     with torch.inference_mode():
         for expected, found in zip(features(images), folded(images), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    prepared = _prepared(Backbone(name, with_mean(features), levels), "bfloat16")  # shares what is not folded
+    found = prepared(torch.rand(1, 3, 64, 64))
+    assert found.dtype == torch.float32 and found.isfinite().all()
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     assert all(torch.equal(tensor, state[key]) for key, tensor in features.state_dict().items())

@@ -11,11 +11,8 @@ its products at that rate. bfloat16 is left out where the processor does not mul
 
 import argparse
 import platform
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from bench.bench_model import build, feature
 from bench.bench_neighbor_masked_attention import attention, inputs
 from bench.tools.cases import ATTENTION, LARGE, MODEL, AttentionCase, ModelCase
 from bench.tools.peak import extra_bytes
+from bench.tools.timing import Work, interleaved
 from uniad_fast.models.precision import computes_in_bfloat16
 
 WAYS = ("public", "torch", "cpu")
@@ -34,19 +32,6 @@ DTYPES = {"float32": torch.float32}
 if computes_in_bfloat16("auto", CPU):
     DTYPES["bfloat16"] = torch.bfloat16
 ROOT = Path(__file__).parents[2]
-Work = Callable[[], object]
-
-
-def interleaved(works: dict[str, Work], rounds: int) -> dict[str, float]:
-    """Median seconds of each, after one call to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(rounds + 1):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            if number:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def square_product(dtype: torch.dtype) -> Work:

@@ -1,5 +1,6 @@
 """Timing that waits for the device, and which implementations are worth timing."""
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -7,6 +8,21 @@ import torch
 
 # The reference is the definition, written to be read, and Triton's interpreter is for tests: their time says nothing.
 IMPLEMENTED = ["public", "torch", "triton" if torch.cuda.is_available() else "cpu"]
+
+
+Work = Callable[[], object]
+
+
+def interleaved(works: dict[str, Work], rounds: int) -> dict[str, float]:
+    """Median seconds of each, after one call to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds + 1):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if number:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def synchronized_clock() -> float:

@@ -87,7 +87,7 @@ def _prepared(backbone: Backbone, precision: str) -> Backbone:
     if isinstance(features, EfficientNetFeatures) and backbone.padded_for is None:
         features = with_folded_norms(features)
     if precision != "float32":
-        features = _InBfloat16(features if features is not backbone.features else copy.deepcopy(features))
+        features = _InBfloat16(features)
     prepared.features = features
     return prepared
 
@@ -97,7 +97,7 @@ class _InBfloat16(nn.Module):
 
     def __init__(self, features: nn.Module) -> None:
         super().__init__()
-        self.features = features.to(torch.bfloat16)
+        self.features = copy.deepcopy(features).to(torch.bfloat16)  # tensors that it shares stay as they are
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return [stage.float() for stage in self.features(images.to(torch.bfloat16))]

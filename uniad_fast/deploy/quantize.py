@@ -22,7 +22,7 @@ def quantized(model: Any, image_size: int, good: Sequence[str | os.PathLike]) ->
         good: files; some hundred are picked evenly.
 
     Raises:
-        UniadFastError: none of them can be read.
+        UniadFastError: none of them can be read, or NNCF can't do it.
     """
     import nncf
 
@@ -38,14 +38,17 @@ def quantized(model: Any, image_size: int, good: Sequence[str | os.PathLike]) ->
     def as_input(image: np.ndarray) -> dict[str, np.ndarray]:
         return {"images": np.round(image * 255).astype(np.uint8)[None] if is_uint8 else image[None]}
 
-    made = nncf.quantize(
-        model,
-        nncf.Dataset(images, as_input),
-        preset=nncf.QuantizationPreset.MIXED,
-        model_type=nncf.ModelType.TRANSFORMER,
-        subset_size=len(images),
-        ignored_scope=nncf.IgnoredScope(names=outside, validate=False),
-    )
+    try:
+        made = nncf.quantize(
+            model,
+            nncf.Dataset(images, as_input),
+            preset=nncf.QuantizationPreset.MIXED,
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(images),
+            ignored_scope=nncf.IgnoredScope(names=outside, validate=False),
+        )
+    except Exception as error:  # it raises whatever comes, of networks that it has no rules for
+        raise UniadFastError(f"NNCF can't quantize this backbone ({type(error).__name__}: {error})") from None
     for name in INNER:
         made.remove_result(made.output(name).get_node())
     return made
