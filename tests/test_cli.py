@@ -88,7 +88,7 @@ def test_score_writes_everything_and_exits_one_for_a_defect(trained, made_up_cla
     assert all(line["label"] == 1 and line["threshold"] == -1e9 for line in lines)
     for line in lines:
         with Image.open(line["heat_map"]) as picture, Image.open(line["image"]) as image:
-            assert picture.size == image.size and picture.format == "PNG"
+            assert picture.height > image.height and picture.width > 2 * image.width and picture.format == "PNG"
     assert [int(row["regions"]) for row in rows] == [len(line["regions"]) for line in lines]
     defective, good = (np.mean([r["score"] for r in lines if kind in r["image"]]) for kind in ("square", "good"))
     assert defective > good
@@ -162,10 +162,11 @@ def test_demo(tmp_path, cache):
     options = ["--images-per-class", 8, "--epochs", 1, "--cache", cache, "-q"]
     output = call("demo", "-o", tmp_path, *options)
     assert re.search(r"^mono +\d\.\d{3}", output, re.M) and re.search(r"^mean +\d\.\d{3}", output, re.M)
-    assert len(list((tmp_path / "heatmaps").glob("*.png"))) == 8
+    drawn = {path.name for path in (tmp_path / "pictures").glob("*/*.png")}
+    assert drawn and drawn <= {f"{kind}-{n}.png" for kind in ("hit", "miss", "false-alarm") for n in (1, 2, 3)}
     assert "at the threshold" in output and "found, " in output
     files = {"metrics.csv", "metrics.json", "decisions.csv", "scores.csv"}
-    assert {p.name for p in tmp_path.iterdir()} == {"bundle", "heatmaps", *files}
+    assert {p.name for p in tmp_path.iterdir()} == {"bundle", "pictures", *files}
     call("demo", "-o", tmp_path, *options)  # once more over the old one
 
 

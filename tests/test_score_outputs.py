@@ -45,7 +45,7 @@ def test_an_image_that_goes_or_can_not_be_drawn_costs_its_own_row_alone(bundle, 
     (photos / "5.png").write_text("junk")
     from uniad_fast.detect import score_outputs
 
-    draw, names = score_outputs.heat_map, []
+    draw, names = score_outputs.draw_picture, []
 
     def fail(image, *rest):
         names.append(image.size)
@@ -53,7 +53,7 @@ def test_an_image_that_goes_or_can_not_be_drawn_costs_its_own_row_alone(bundle, 
             raise MemoryError("too large")
         return draw(image, *rest)
 
-    monkeypatch.setattr(score_outputs, "heat_map", fail)
+    monkeypatch.setattr(score_outputs, "draw_picture", fail)
     output = call("score", bundle, photos, photos / "gone.png", "-o", tmp_path / "o", "--threshold", 1e9, "-q", code=3)
     assert len(rows(tmp_path / "o")) == 4 and "not drawn: " in output
     assert output.rstrip().endswith("0 of 4 images are defective (score above 1000000000.0000); 2 could not be read")

@@ -8,18 +8,14 @@ from typing import Annotated
 import typer
 
 from ..data.datasets import load_dataset
-from ..data.images import read_image
 from ..data.samples import Dataset, Sample
 from ..detect import results
 from ..detect.detector import AnomalyDetector
-from ..detect.evaluation import Evaluation, evaluate
-from ..detect.heatmap import heat_map
-from ..printable import file_name
+from ..detect.evaluation import evaluate
+from ..detect.result_pictures import draw_results
 from ..training.recipes import RECIPES
 from .options import CacheDirectory, Device, Quiet, Seed, finish, say
 from .train import fit_and_save
-
-_PICTURES = 8
 
 
 def demo(
@@ -51,37 +47,16 @@ def demo(
     fit_and_save(detector, dataset, bundle, resume, restart=not resume, quiet=quiet)
     evaluation = evaluate(detector, dataset.test, quiet=quiet)
     written = results.write_evaluation(evaluation, output)
-    pictures = picture_most_defective(detector, evaluation, output / "heatmaps")
+    pictures, not_drawn = draw_results(detector, evaluation, output / "pictures")
     say("\n" + results.evaluation_table(evaluation) + "\n")
     if evaluation.decisions is not None:
         say(results.decisions_table(evaluation.decisions) + "\n")
     for path in written:
         say(f"wrote {path}")
-    say(f"wrote {len(pictures)} heat maps of the most defective cells to {output / 'heatmaps'}")
+    say(f"wrote {len(pictures)} pictures of the worst and best verdicts to {output / 'pictures'}")
     say(f"score your own images with: {shlex.join(['uniad-fast', 'score', str(bundle), 'IMAGES', '-o', 'OUT'])}")
     say(f"took {(time.monotonic() - started) / 60:.1f} minutes")
-    finish([*detector.unreadable, *evaluation.unreadable])
-
-
-def picture_most_defective(detector: AnomalyDetector, evaluation: Evaluation, directory: Path) -> list[Path]:
-    """Heat maps of the highest-scoring defective images, by rank."""
-    ranked = sorted(
-        (pair for pair in zip(evaluation.samples, evaluation.scores, strict=True) if pair[0].defective),
-        key=lambda pair: -pair[1],
-    )
-    pictures = []
-    for rank, (sample, _) in enumerate(ranked[:_PICTURES], start=1):
-        picture = heat_map(
-            read_image(sample.path),
-            detector.predict(sample.path).anomaly_map,
-            detector.calibration.color_range,
-        )
-        pictures.append(
-            results.write_png(
-                picture, directory / f"{rank:02}-{file_name(f'{sample.class_name}-{sample.path.stem}')}.png"
-            )
-        )
-    return pictures
+    finish([*detector.unreadable, *evaluation.unreadable, *not_drawn])
 
 
 def thin_out(dataset: Dataset, images_per_class: int) -> Dataset:

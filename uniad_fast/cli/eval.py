@@ -12,6 +12,7 @@ from ..detect import results
 from ..detect.beside import beside
 from ..detect.detector import AnomalyDetector
 from ..detect.evaluation import Evaluation, evaluate
+from ..detect.result_pictures import draw_results
 from .options import (
     ERROR,
     INCOMPLETE,
@@ -37,7 +38,9 @@ def evaluate_command(
     data: DataArgument,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for metrics.json, metrics.csv, decisions.csv, scores.csv."),
+        typer.Option(
+            "--output", "-o", help="Folder for metrics.json, metrics.csv, decisions.csv, scores.csv and pictures/."
+        ),
     ] = None,
     save_reconstructions: Annotated[
         Path | None, typer.Option(help="Folder for the reconstructed feature maps, one .npy an image.")
@@ -79,7 +82,9 @@ def evaluate_command(
     told = class_from == "data"
     options: dict[str, Any] = {"class_from_data": told, "reconstructions_dir": save_reconstructions, "quiet": quiet}
     evaluation = evaluate(detector, dataset.test, **options)
-    written = results.write_evaluation(evaluation, output) if output is not None else []
+    written, not_drawn = results.write_evaluation(evaluation, output) if output is not None else [], list[str]()
+    if output is not None and detector.is_calibrated:
+        pictures, not_drawn = draw_results(detector, evaluation, output / "pictures")
     say(results.evaluation_table(evaluation))
     if beside_others:
         detector.cache_dir = cache
@@ -87,6 +92,7 @@ def evaluate_command(
     if evaluation.decisions is not None:
         say("\n" + results.decisions_table(evaluation.decisions) + "\n")
     say("".join(f"wrote {path}\n" for path in written))
+    list_problems("not drawn", not_drawn)
     list_problems("left out", evaluation.unreadable)
     list_problems("not finite", evaluation.not_finite)
     raise typer.Exit(ERROR if evaluation.not_finite else INCOMPLETE if evaluation.unreadable else 0)

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -46,6 +46,9 @@ def score(
     ] = "image",
     roi: Roi = None,
     heat_maps: Annotated[bool, typer.Option(help="Write a heat map for each image.")] = True,
+    maps: Annotated[
+        Literal["png", "npy"] | None, typer.Option(help="Also write each map alone: 16-bit PNG, or NumPy's float32.")
+    ] = None,
     min_area: Annotated[float, typer.Option(min=0, help="Smallest region to list, in pixels of the image.")] = 0,
     batch_size: BatchSize = 16,
     engine: EngineName = "auto",
@@ -79,9 +82,8 @@ def score(
         detector.look_at(roi)
     named, notes = _named(detector, images, output, class_name, class_from)
     set_engine(detector, engine, engine_precision, [one.path for one in named], batch_size, quiet)
-    found = write_scores(
-        detector, named, output, limit, heat_maps=heat_maps, min_area=min_area, batch_size=batch_size, quiet=quiet
-    )
+    options: dict[str, Any] = {"heat_maps": heat_maps, "maps": maps, "min_area": min_area, "batch_size": batch_size}
+    found = write_scores(detector, named, output, limit, quiet=quiet, **options)
     _report(found, notes, output, limit, len(named))
     if found.not_finite:
         raise typer.Exit(ERROR)

@@ -1,17 +1,20 @@
 """Heat maps: an anomaly map over its image, in colours that mean the same for every image."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-# Dark blue to red over green and yellow, evenly spaced; the picture shows through where the map is low.
-_COLORS = np.array([[20, 30, 120], [0, 140, 200], [60, 190, 90], [250, 220, 50], [215, 40, 30]], dtype=np.float64)
-_LOWEST_OPACITY, _HIGHEST_OPACITY = 0.05, 0.65
+# Black over purple and orange to light yellow: brightness alone tells them apart, for whoever sees no red and green.
+COLORS = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], dtype=np.float64)
+_PICTURE = 0.6  # brightness of the picture under the map
+_TRANSPARENT, _OPACITY = 0.2, 0.85  # levels below are not shown; the highest level's opacity
 _STRIP = 64  # rows
 
 
 def heat_map(image: Image.Image, anomaly_map: NDArray, color_range: tuple[float, float]) -> Image.Image:
-    """The map laid over its image, in the image's own size.
+    """The map laid over its image, which is shown darker and in grey, in the image's own size.
 
     Args:
         image: RGB.
@@ -20,35 +23,36 @@ def heat_map(image: Image.Image, anomaly_map: NDArray, color_range: tuple[float,
             range, so that a good image does not glow.
     """
     low, high = color_range
-    level = np.clip((anomaly_map.astype(np.float32) - low) / max(high - low, 1e-12), 0, 1)
-    level = np.asarray(Image.fromarray(level.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR))
-    pixels = np.array(image)
-    for top in range(0, image.height, _STRIP):  # strips, so that a large picture needs little more than itself
-        strip = slice(top, top + _STRIP)
-        pixels[strip] = _blended(pixels[strip], level[strip])
-    return Image.fromarray(pixels)
+    level = np.clip((anomaly_map.astype(np.float32) - low) / max(high - low, 1e-12), 0, 1).astype(np.float32)
+    drawn = Image.new("RGB", image.size)
+    for top, strip in strips(level, image.size):
+        box = (0, top, image.width, top + len(strip))
+        grey = np.asarray(image.crop(box).convert("L"), dtype=np.float32) * _PICTURE
+        drawn.paste(Image.fromarray(_blended(grey, strip)), box[:2])
+    return drawn
 
 
-def _blended(pixels: NDArray, level: NDArray) -> NDArray:
-    """uint8 [rows, width, 3] of the picture under the colours of levels [rows, width] in [0, 1]."""
-    position = level * (len(_COLORS) - 1)
-    colors = np.stack([np.interp(position, range(len(_COLORS)), channel) for channel in _COLORS.T], axis=-1)
-    opacity = (_LOWEST_OPACITY + (_HIGHEST_OPACITY - _LOWEST_OPACITY) * level)[..., None]
-    return np.round((1 - opacity) * pixels + opacity * colors).astype(np.uint8)
+def strips(values: NDArray, size: tuple[int, int]) -> Iterator[tuple[int, NDArray]]:
+    """float32 [height, width] stretched bilinearly to an image's (width, height): (first row, some rows) at a time.
+
+    So that a large picture needs little more memory than itself.
+    """
+    stretched = Image.fromarray(np.ascontiguousarray(values, dtype=np.float32))
+    width, height = size
+    scale = stretched.height / height
+    for top in range(0, height, _STRIP):
+        rows = min(_STRIP, height - top)
+        box = (0, top * scale, stretched.width, (top + rows) * scale)
+        yield top, np.asarray(stretched.resize((width, rows), Image.Resampling.BILINEAR, box))
 
 
-def side_by_side(pairs: list[tuple[Image.Image, Image.Image]], height: int = 224, gap: int = 6) -> Image.Image:
-    """Pairs in a row each: image above, heat map below, all of one height."""
-    columns = [[_of_height(image, height) for image in pair] for pair in pairs]
-    width = sum(top.width for top, _ in columns) + gap * (len(columns) - 1)
-    sheet = Image.new("RGB", (width, 2 * height + gap), "white")
-    left = 0
-    for top, bottom in columns:
-        sheet.paste(top, (left, 0))
-        sheet.paste(bottom, (left, height + gap))
-        left += top.width + gap
-    return sheet
+def color_of(level: NDArray) -> NDArray:
+    """Levels in [0, 1], of any shape -> float64 [..., 3], 0 to 255."""
+    position = level * (len(COLORS) - 1)
+    return np.stack([np.interp(position, range(len(COLORS)), channel) for channel in COLORS.T], axis=-1)
 
 
-def _of_height(image: Image.Image, height: int) -> Image.Image:
-    return image.resize((max(1, round(image.width * height / image.height)), height), Image.Resampling.BILINEAR)
+def _blended(grey: NDArray, level: NDArray) -> NDArray:
+    """uint8 [rows, width, 3] of a grey picture under the colours of levels [rows, width] in [0, 1]."""
+    opacity = (np.clip((level - _TRANSPARENT) / (1 - _TRANSPARENT), 0, 1) * _OPACITY)[..., None]
+    return np.round((1 - opacity) * grey[..., None] + opacity * color_of(level)).astype(np.uint8)

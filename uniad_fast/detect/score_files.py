@@ -21,7 +21,7 @@ from .prediction import Prediction
 class ScoredImage(NamedTuple):
     """An image file and what the detector says of it.
 
-    number: its place among the paths. picture: the decoded image, where it was asked for.
+    number: its place among the paths. picture: the decoded image, where it was asked for. size: its (height, width).
     score_map: [H, W], scores per location, of which the prediction's map is the enlargement.
     """
 
@@ -30,6 +30,7 @@ class ScoredImage(NamedTuple):
     picture: Image.Image | None
     prediction: Prediction
     score_map: Tensor
+    size: tuple[int, int]
 
 
 class ScoredBatch(NamedTuple):
@@ -90,7 +91,15 @@ def score_files(
                     predictions = detector.judge(pipeline.enlarge(score_maps), fields, threshold, batch.sizes)
                 pace.judged(batch.opened)
                 pictures = batch.pictures if keep_pictures else [None] * len(places)
-                scored = zip(places, [paths[n] for n in places], pictures, predictions, score_maps.cpu(), strict=True)
+                scored = zip(
+                    places,
+                    [paths[n] for n in places],
+                    pictures,
+                    predictions,
+                    score_maps.cpu(),
+                    batch.sizes,
+                    strict=True,
+                )
                 images = [ScoredImage(*one) for one in scored]
             yield ScoredBatch(
                 images,

@@ -2,19 +2,23 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..data.image_batches import BATCH
 from ..data.image_files import find_images
 from ..data.samples import DataError
+from ..files import atomic_path
 from ..printable import printable
 from .detector import AnomalyDetector
-from .heatmap import heat_map
 from .pace import Pace
+from .picture import draw_picture, map_image
 from .results import ScoreFiles, write_png
 from .score_files import ScoredImage, score_files
 
@@ -107,6 +111,7 @@ def write_scores(
     threshold: float,
     *,
     heat_maps: bool = True,
+    maps: str | None = None,
     min_area: float = 0,
     batch_size: int = BATCH,
     quiet: bool = False,
@@ -118,6 +123,8 @@ def write_scores(
     Args:
         named: as `name_images` gives them.
         threshold: image score above which an image is defective.
+        maps: also write each map alone into `maps/`, as "png" (16 bits, see `map_image`) or "npy" (float32, of the
+            network's own size).
         min_area: pixels that a region must have to be listed.
 
     Raises:
@@ -125,14 +132,15 @@ def write_scores(
     """
     found = Scored()
     with ScoreFiles(output) as files, ThreadPoolExecutor(os.cpu_count()) as pool:
-        writer = _Writer(detector, named, output, threshold, min_area, files, pool if heat_maps else None, found)
+        draw = partial(_draw, detector, output, threshold, heat_maps, maps)
+        writer = _Writer(named, threshold, min_area, files, partial(pool.submit, draw), found)
         scored = score_files(
             detector,
             [one.path for one in named],
             threshold=threshold,
             classes=[one.class_name for one in named],
             batch_size=batch_size,
-            keep_pictures=heat_maps,
+            keep_pictures=heat_maps,  # of a map alone the size is known
             pace=found.pace,
             quiet=quiet,
         )
@@ -152,15 +160,13 @@ def write_scores(
 class _Writer:
     """Draws the pictures of a batch while the next one is measured, and writes its rows then."""
 
-    detector: AnomalyDetector
     named: Sequence[NamedImage]
-    output: Path
     threshold: float
     min_area: float
     files: ScoreFiles
-    pool: ThreadPoolExecutor | None
+    draw: Callable[[ScoredImage, str], Future[str | None]]
     found: Scored
-    drawing: list[tuple[ScoredImage, Future[str] | None]] = field(default_factory=list)
+    drawing: list[tuple[ScoredImage, Future[str | None]]] = field(default_factory=list)
 
     def take(self, images: Sequence[ScoredImage]) -> None:
         """Begin to draw these, once those before are written."""
@@ -169,9 +175,7 @@ class _Writer:
             if not math.isfinite(image.prediction.score):
                 self.found.not_finite.append(f"{printable(image.path)}: its score is {image.prediction.score}")
                 continue
-            target = self.output / "heatmaps" / self.named[image.number].heat_map
-            drawn = None if self.pool is None else self.pool.submit(_draw, self.detector, image, target)
-            self.drawing.append((image, drawn))
+            self.drawing.append((image, self.draw(image, self.named[image.number].heat_map)))
 
     def finish(self) -> None:
         """Write the rows of what has been taken, as soon as their pictures are drawn."""
@@ -184,13 +188,13 @@ class _Writer:
                 "score": prediction.score,
                 "label": int(bool(prediction.label)),
                 "threshold": self.threshold,
-                "heat_map": None if future is None else self._drawn(image, future),
+                "heat_map": self._drawn(image, future),
                 "regions": [region.to_json() for region in prediction.regions if region.area >= self.min_area],
             }
             self.files.add(row)
             self.found.rows.append(row)
 
-    def _drawn(self, image: ScoredImage, future: Future[str]) -> str | None:
+    def _drawn(self, image: ScoredImage, future: Future[str | None]) -> str | None:
         try:
             return future.result()
         except (OSError, MemoryError) as error:
@@ -198,7 +202,27 @@ class _Writer:
             return None
 
 
-def _draw(detector: AnomalyDetector, image: ScoredImage, target: Path) -> str:
+def _draw(
+    detector: AnomalyDetector,
+    output: Path,
+    threshold: float,
+    heat_maps: bool,
+    maps: str | None,
+    image: ScoredImage,
+    name: str,
+) -> str | None:
+    """The heat map's file, where one is wanted."""
+    prediction = image.prediction
+    if maps == "npy":
+        target = (output / "maps" / name).with_suffix(".npy")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(target) as partial_path, open(partial_path, "wb") as file:
+            np.save(file, prediction.anomaly_map)
+    elif maps == "png":
+        height, width = image.size
+        write_png(map_image(prediction.anomaly_map, (width, height)), output / "maps" / name)
+    if not heat_maps:
+        return None
     assert image.picture is not None
-    drawn = heat_map(image.picture, image.prediction.anomaly_map, detector.calibration.color_range)
-    return str(write_png(drawn, target))
+    drawn = draw_picture(image.picture, prediction, detector.calibration, threshold)
+    return str(write_png(drawn, output / "heatmaps" / name))

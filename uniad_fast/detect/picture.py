@@ -1,0 +1,128 @@
+"""One picture for one image: the image, its map over it with regions and outline, the verdict, a bar of colours."""
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+
+from ..printable import printable
+from .calibration import Calibration
+from .heatmap import color_of, heat_map, strips
+from .prediction import Prediction
+
+_BACKGROUND, _TEXT = (24, 24, 28), (235, 235, 235)
+_OUTLINE, _BOX, _TRUE = (255, 255, 255), (120, 200, 255), (70, 255, 160)
+_DEFECTIVE, _GOOD = (255, 176, 0), (100, 143, 255)  # orange and blue, which everybody tells apart
+_LEAST_TEXT, _MOST_TEXT = 12, 64  # pixels
+_ROWS_A_LINE = 32  # of the image, for one of text
+
+
+def draw_picture(
+    image: Image.Image,
+    prediction: Prediction,
+    calibration: Calibration,
+    threshold: float | None = None,
+    mask: NDArray | None = None,
+) -> Image.Image:
+    """The image beside its heat map, both in the image's own resolution.
+
+    On the heat map, white lines enclose what is above the pixel threshold, light blue boxes the regions. Above it are
+    the class, the score and the verdict, at its side the colours' values in standard deviations of good images.
+
+    Args:
+        image: RGB, upright.
+        threshold: instead of the calibration's.
+        mask: bool [height, width] of any size, the true defect: enclosed in green in both.
+    """
+    limit = calibration.threshold.value if threshold is None else threshold
+    text = int(np.clip(image.height / _ROWS_A_LINE, _LEAST_TEXT, _MOST_TEXT))
+    font = ImageFont.load_default(text)
+    top, gap, bar = 2 * text, text // 2, 5 * text
+    caption, color = _caption(prediction, limit)
+    asked = int(font.getlength(caption)) + 2 * gap
+    width = max(2 * image.width + 3 * gap + bar, min(asked, 40 * text))
+    canvas = Image.new("RGB", (width, top + image.height + gap), _BACKGROUND)
+    heat = heat_map(image, prediction.anomaly_map, calibration.color_range)
+    line = max(1, text // 8)
+    above = _above(prediction.anomaly_map, calibration.pixel_threshold, image.size)
+    heat.paste(_OUTLINE, mask=_edge(above, line))
+    for region in prediction.regions:
+        left, upper, wide, tall = region.box
+        ImageDraw.Draw(heat).rectangle((left, upper, left + wide - 1, upper + tall - 1), outline=_BOX, width=line)
+    canvas.paste(image, (gap, top))
+    if mask is not None:
+        edge = _edge(Image.fromarray(mask).convert("L").resize(image.size, Image.Resampling.NEAREST), line)
+        heat.paste(_TRUE, mask=edge)
+        canvas.paste(_TRUE, (gap, top), edge)
+    canvas.paste(heat, (2 * gap + image.width, top))
+    draw = ImageDraw.Draw(canvas)
+    draw.text((gap, top // 2), _fitting(caption, font, width - 2 * gap), fill=color, font=font, anchor="lm")
+    _draw_bar(canvas, (3 * gap + 2 * image.width, top), (text, image.height), calibration, font)
+    return canvas
+
+
+def map_image(anomaly_map: NDArray, size: tuple[int, int]) -> Image.Image:
+    """The map alone as a 16-bit grey image of (width, height): a pixel is (score + 32) * 256, held in 0 to 65535."""
+    pixels = np.empty((size[1], size[0]), np.uint16)
+    for top, strip in strips(anomaly_map, size):
+        pixels[top : top + len(strip)] = np.clip(np.round((strip + 32) * 256), 0, 65535)
+    return Image.fromarray(pixels)
+
+
+def _caption(prediction: Prediction, limit: float) -> tuple[str, tuple[int, int, int]]:
+    verdict, color = {True: ("DEFECTIVE", _DEFECTIVE), False: ("good", _GOOD), None: ("no verdict", _TEXT)}[
+        prediction.label
+    ]
+    words = [verdict, f"score {prediction.score:.2f}", f"threshold {limit:.2f}"]
+    if prediction.class_name is not None:
+        words.insert(1, printable(prediction.class_name))
+    return "   ".join(words), color
+
+
+def _fitting(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """As much of it as there is room for."""
+    while font.getlength(caption) > width and len(caption) > 1:
+        caption = caption[:-2] + "…"
+    return caption
+
+
+def _above(anomaly_map: NDArray, threshold: float, size: tuple[int, int]) -> Image.Image:
+    """White where the stretched map is above the threshold."""
+    mask = Image.new("L", size)
+    if anomaly_map.max() > threshold:
+        for top, strip in strips(anomaly_map, size):
+            mask.paste(Image.fromarray(np.where(strip > threshold, 255, 0).astype(np.uint8)), (0, top))
+    return mask
+
+
+def _edge(mask: Image.Image, line: int) -> Image.Image:
+    """White on the inner border of what is white, so many pixels wide."""
+    if mask.getbbox() is None:
+        return mask
+    grown = Image.new("L", (mask.width + 2 * line, mask.height + 2 * line))
+    grown.paste(mask, (line, line))  # the picture's own border is a border too
+    inner = grown.filter(ImageFilter.MinFilter(2 * line + 1)).crop((line, line, line + mask.width, line + mask.height))
+    return ImageChops.subtract(mask, inner)
+
+
+def _draw_bar(
+    canvas: Image.Image,
+    corner: tuple[int, int],
+    size: tuple[int, int],
+    calibration: Calibration,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> None:
+    """The colours from the highest value to the lowest, with these and the pixel threshold beside them."""
+    (left, top), (width, height) = corner, size
+    low, high = calibration.color_range
+    levels = np.linspace(1, 0, height)[:, None].repeat(width, axis=1)
+    canvas.paste(Image.fromarray(color_of(levels).astype(np.uint8)), corner)
+    draw = ImageDraw.Draw(canvas)
+    for value, anchor in ((high, "la"), (low, "ld")):
+        row = top if anchor == "la" else top + height
+        draw.text((left + width * 1.3, row), f"{value:.1f}", fill=_TEXT, font=font, anchor=anchor)
+    share = (calibration.pixel_threshold - low) / max(high - low, 1e-12)
+    if 0.08 < share < 0.92:
+        row = top + round((1 - share) * height)
+        draw.line((left, row, left + width * 1.2, row), fill=_OUTLINE, width=max(1, width // 8))
+        label = f"{calibration.pixel_threshold:.1f}"
+        draw.text((left + width * 1.3, row), label, fill=_OUTLINE, font=font, anchor="lm")
