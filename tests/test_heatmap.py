@@ -96,9 +96,11 @@ def test_a_large_picture_needs_little_memory():
 import resource
 import numpy as np
 from PIL import Image
-from test_heatmap import drawn
+from test_heatmap import CALIBRATION, Prediction, draw_picture
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert drawn(size=(6000, 6000)).shape[0] > 6000
+image, grid = Image.new("RGB", (6000, 6000)), np.zeros((16, 16), np.float32)
+grid[8:] = 8
+assert draw_picture(image, Prediction(7.0, True, grid), CALIBRATION).height > 6000
 print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="tests")

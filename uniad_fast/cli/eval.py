@@ -82,20 +82,26 @@ def evaluate_command(
     told = class_from == "data"
     options: dict[str, Any] = {"class_from_data": told, "reconstructions_dir": save_reconstructions, "quiet": quiet}
     evaluation = evaluate(detector, dataset.test, **options)
-    written, not_drawn = results.write_evaluation(evaluation, output) if output is not None else [], list[str]()
-    if output is not None and detector.is_calibrated:
-        pictures, not_drawn = draw_results(detector, evaluation, output / "pictures")
     say(results.evaluation_table(evaluation))
     if beside_others:
         detector.cache_dir = cache
         say("\n" + _compared(detector, dataset, evaluation, told, quiet))
     if evaluation.decisions is not None:
         say("\n" + results.decisions_table(evaluation.decisions) + "\n")
-    say("".join(f"wrote {path}\n" for path in written))
-    list_problems("not drawn", not_drawn)
+    if output is not None:
+        _write(detector, evaluation, output)
     list_problems("left out", evaluation.unreadable)
     list_problems("not finite", evaluation.not_finite)
     raise typer.Exit(ERROR if evaluation.not_finite else INCOMPLETE if evaluation.unreadable else 0)
+
+
+def _write(detector: AnomalyDetector, evaluation: Evaluation, output: Path) -> None:
+    for path in results.write_evaluation(evaluation, output):
+        say(f"wrote {path}")
+    if detector.is_calibrated:
+        pictures, not_drawn = draw_results(detector, evaluation, output / "pictures")
+        say(f"wrote {len(pictures)} pictures of the worst and best verdicts to {output / 'pictures'}")
+        list_problems("not drawn", not_drawn)
 
 
 def _compared(

@@ -2,13 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from ..data.samples import DataError
 from ..detect.detector import AnomalyDetector
-from ..detect.score_outputs import NamedImage, Scored, name_images, with_classes_of_folders, write_scores
+from ..detect.score_outputs import NamedImage, Scored, Wanted, name_images, with_classes_of_folders, write_scores
 from ..errors import UniadFastError
 from ..printable import printable
 from .options import (
@@ -62,14 +62,7 @@ def score(
     Exit code: 0 all good, 1 something is defective, 2 an error (a score that is not finite is one), 3 some images could
     not be read or drawn; the others are scored, and defects among them are in the files and on the last line.
     """
-    if threshold is not None and not math.isfinite(threshold):
-        raise UniadFastError(f"--threshold must be a finite number, got {threshold}")
-    if "" in images:
-        raise DataError("the name of an image is empty")
-    if threshold is not None and false_alarm_rate is not None:
-        raise UniadFastError("--false-alarm-rate sets a threshold, and so does --threshold: give one of them")
-    if class_name is not None and class_from == "folder":
-        raise UniadFastError("--class says the class of all images: give it, or --class-from folder")
+    _check_choices(images, threshold, false_alarm_rate, class_name is not None and class_from == "folder")
     check_folder(output)
     detector = AnomalyDetector.load(bundle, device)
     if not detector.is_calibrated and (heat_maps or threshold is None):
@@ -82,14 +75,27 @@ def score(
         detector.look_at(roi)
     named, notes = _named(detector, images, output, class_name, class_from)
     set_engine(detector, engine, engine_precision, [one.path for one in named], batch_size, quiet)
-    options: dict[str, Any] = {"heat_maps": heat_maps, "maps": maps, "min_area": min_area, "batch_size": batch_size}
-    found = write_scores(detector, named, output, limit, quiet=quiet, **options)
+    wanted = Wanted(heat_maps, maps, min_area)
+    found = write_scores(detector, named, output, limit, wanted=wanted, batch_size=batch_size, quiet=quiet)
     _report(found, notes, output, limit, len(named))
     if found.not_finite:
         raise typer.Exit(ERROR)
     if found.unreadable or found.not_drawn:
         raise typer.Exit(INCOMPLETE)
     raise typer.Exit(DEFECTIVE if found.defective else 0)
+
+
+def _check_choices(
+    images: list[str], threshold: float | None, false_alarm_rate: float | None, has_two_classes: bool
+) -> None:
+    if threshold is not None and not math.isfinite(threshold):
+        raise UniadFastError(f"--threshold must be a finite number, got {threshold}")
+    if "" in images:
+        raise DataError("the name of an image is empty")
+    if threshold is not None and false_alarm_rate is not None:
+        raise UniadFastError("--false-alarm-rate sets a threshold, and so does --threshold: give one of them")
+    if has_two_classes:
+        raise UniadFastError("--class says the class of all images: give it, or --class-from folder")
 
 
 def _limit(detector: AnomalyDetector, threshold: float | None, false_alarm_rate: float | None) -> float:

@@ -22,14 +22,25 @@ def heat_map(image: Image.Image, anomaly_map: NDArray, color_range: tuple[float,
         color_range: map values of the lowest and the highest colour. It is the detector's, not the image's own
             range, so that a good image does not glow.
     """
+    drawn = Image.new("RGB", image.size)
+    paste_heat_map(drawn, (0, 0), image, anomaly_map, color_range)
+    return drawn
+
+
+def paste_heat_map(
+    canvas: Image.Image,
+    corner: tuple[int, int],
+    image: Image.Image,
+    anomaly_map: NDArray,
+    color_range: tuple[float, float],
+) -> None:
+    """`heat_map`, drawn at a (left, top) corner of another image."""
     low, high = color_range
     level = np.clip((anomaly_map.astype(np.float32) - low) / max(high - low, 1e-12), 0, 1).astype(np.float32)
-    drawn = Image.new("RGB", image.size)
     for top, strip in strips(level, image.size):
         box = (0, top, image.width, top + len(strip))
         grey = np.asarray(image.crop(box).convert("L"), dtype=np.float32) * _PICTURE
-        drawn.paste(Image.fromarray(_blended(grey, strip)), box[:2])
-    return drawn
+        canvas.paste(Image.fromarray(_blended(grey, strip)), (corner[0], corner[1] + top))
 
 
 def strips(values: NDArray, size: tuple[int, int]) -> Iterator[tuple[int, NDArray]]:

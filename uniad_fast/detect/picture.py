@@ -6,7 +6,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from ..printable import printable
 from .calibration import Calibration
-from .heatmap import color_of, heat_map, strips
+from .heatmap import color_of, paste_heat_map, strips
 from .prediction import Prediction
 
 _BACKGROUND, _TEXT = (24, 24, 28), (235, 235, 235)
@@ -14,6 +14,7 @@ _OUTLINE, _BOX, _TRUE = (255, 255, 255), (120, 200, 255), (70, 255, 160)
 _DEFECTIVE, _GOOD = (255, 176, 0), (100, 143, 255)  # orange and blue, which everybody tells apart
 _LEAST_TEXT, _MOST_TEXT = 12, 64  # pixels
 _ROWS_A_LINE = 32  # of the image, for one of text
+_LARGE = 16_000_000  # pixels
 
 
 def draw_picture(
@@ -23,7 +24,7 @@ def draw_picture(
     threshold: float | None = None,
     mask: NDArray | None = None,
 ) -> Image.Image:
-    """The image beside its heat map, both in the image's own resolution.
+    """The image beside its heat map, both in the image's own resolution; of a very large one the heat map alone.
 
     On the heat map, white lines enclose what is above the pixel threshold, light blue boxes the regions. Above it are
     the class, the score and the verdict, at its side the colours' values in standard deviations of good images.
@@ -39,24 +40,27 @@ def draw_picture(
     top, gap, bar = 2 * text, text // 2, 5 * text
     caption, color = _caption(prediction, limit)
     asked = int(font.getlength(caption)) + 2 * gap
-    width = max(2 * image.width + 3 * gap + bar, min(asked, 40 * text))
+    both = image.width * image.height <= _LARGE
+    width = max((1 + both) * (image.width + gap) + gap + bar, min(asked, 40 * text))
     canvas = Image.new("RGB", (width, top + image.height + gap), _BACKGROUND)
-    heat = heat_map(image, prediction.anomaly_map, calibration.color_range)
+    corner = ((1 + both) * gap + both * image.width, top)  # of the heat map
+    if both:
+        canvas.paste(image, (gap, top))
+    paste_heat_map(canvas, corner, image, prediction.anomaly_map, calibration.color_range)
     line = max(1, text // 8)
     above = _above(prediction.anomaly_map, calibration.pixel_threshold, image.size)
-    heat.paste(_OUTLINE, mask=_edge(above, line))
+    _paste_edge(canvas, [corner], above, line, _OUTLINE)
+    draw = ImageDraw.Draw(canvas)
     for region in prediction.regions:
         left, upper, wide, tall = region.box
-        ImageDraw.Draw(heat).rectangle((left, upper, left + wide - 1, upper + tall - 1), outline=_BOX, width=line)
-    canvas.paste(image, (gap, top))
+        left, upper = left + corner[0], upper + corner[1]
+        right, lower = max(left, left + wide - 1), max(upper, upper + tall - 1)
+        draw.rectangle((left, upper, right, lower), outline=_BOX, width=line)
     if mask is not None:
-        edge = _edge(Image.fromarray(mask).convert("L").resize(image.size, Image.Resampling.NEAREST), line)
-        heat.paste(_TRUE, mask=edge)
-        canvas.paste(_TRUE, (gap, top), edge)
-    canvas.paste(heat, (2 * gap + image.width, top))
-    draw = ImageDraw.Draw(canvas)
+        true = Image.fromarray(mask).convert("L").resize(image.size, Image.Resampling.NEAREST)
+        _paste_edge(canvas, [corner, (gap, top)], true, line, _TRUE)
     draw.text((gap, top // 2), _fitting(caption, font, width - 2 * gap), fill=color, font=font, anchor="lm")
-    _draw_bar(canvas, (3 * gap + 2 * image.width, top), (text, image.height), calibration, font)
+    _draw_bar(canvas, (corner[0] + image.width + gap, top), (text, image.height), calibration, font)
     return canvas
 
 
@@ -94,14 +98,19 @@ def _above(anomaly_map: NDArray, threshold: float, size: tuple[int, int]) -> Ima
     return mask
 
 
-def _edge(mask: Image.Image, line: int) -> Image.Image:
-    """White on the inner border of what is white, so many pixels wide."""
-    if mask.getbbox() is None:
-        return mask
-    grown = Image.new("L", (mask.width + 2 * line, mask.height + 2 * line))
-    grown.paste(mask, (line, line))  # the picture's own border is a border too
-    inner = grown.filter(ImageFilter.MinFilter(2 * line + 1)).crop((line, line, line + mask.width, line + mask.height))
-    return ImageChops.subtract(mask, inner)
+def _paste_edge(
+    canvas: Image.Image, corners: list[tuple[int, int]], mask: Image.Image, line: int, color: tuple[int, int, int]
+) -> None:
+    """The inner border of what is white in a mask, so many pixels wide, for masks that lie at these corners."""
+    if (box := mask.getbbox()) is None:
+        return
+    part = mask.crop(box)
+    grown = Image.new("L", (part.width + 2 * line, part.height + 2 * line))
+    grown.paste(part, (line, line))  # the picture's own border is a border too
+    inner = grown.filter(ImageFilter.MinFilter(2 * line + 1)).crop((line, line, line + part.width, line + part.height))
+    edge = ImageChops.subtract(part, inner)
+    for left, top in corners:
+        canvas.paste(color, (left + box[0], top + box[1]), edge)
 
 
 def _draw_bar(

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.image_batches import BATCH, read_batches
+from ..data.image_batches import BATCH, ImageBatch, read_batches
 from ..printable import printable
 from ..progress import progress
 from ..signals import stop_if_asked
@@ -69,8 +69,7 @@ def score_files(
         UniadFastError: the detector does not know a class.
         Stopped: a signal asked for it, between two batches.
     """
-    pipeline = detector.pipeline
-    size = pipeline.image_size
+    size = detector.settings.image_size
     numbers = {name: detector.trained.class_number(name) for name in {*(classes or ())} if name is not None}
     told = [None if name is None else numbers[name] for name in classes or [None] * len(paths)]
     start, pace = 0, pace or Pace()
@@ -81,28 +80,10 @@ def score_files(
                 batch = next(batches, None)
             if batch is None:
                 return
-            images: list[ScoredImage] = []
-            tokens = torch.zeros(0, 0, 0)
-            if batch.used:
-                places = [start + position for position in batch.used]
-                with pace.stage("measuring"):
-                    tokens, score_maps, fields = detector.measure(batch.images, [told[place] for place in places])
-                with pace.stage("verdicts"):
-                    predictions = detector.judge(pipeline.enlarge(score_maps), fields, threshold, batch.sizes)
-                pace.judged(batch.opened)
-                pictures = batch.pictures if keep_pictures else [None] * len(places)
-                scored = zip(
-                    places,
-                    [paths[n] for n in places],
-                    pictures,
-                    predictions,
-                    score_maps.cpu(),
-                    batch.sizes,
-                    strict=True,
-                )
-                images = [ScoredImage(*one) for one in scored]
+            own = range(start, start + batch.size)
+            images, tokens = _scored(detector, batch, [paths[n] for n in own], [told[n] for n in own], threshold, pace)
             yield ScoredBatch(
-                images,
+                [one._replace(number=start + one.number) for one in images],
                 tokens,
                 [failure.message(paths[start:]) for failure in batch.failures],
                 [f"{printable(paths[start + position])}: {note}" for position, note in batch.notes],
@@ -110,3 +91,26 @@ def score_files(
             start += batch.size
             bar.update(batch.size)
             stop_if_asked()
+
+
+def _scored(
+    detector: AnomalyDetector,
+    batch: ImageBatch,
+    paths: Sequence[Path],
+    told: Sequence[int | None],
+    threshold: float | None,
+    pace: Pace,
+) -> tuple[list[ScoredImage], Tensor]:
+    """The batch's images, numbered from 0, and their features."""
+    if not batch.used:
+        return [], torch.zeros(0, 0, 0)
+    with pace.stage("measuring"):
+        tokens, score_maps, fields = detector.measure(batch.images, [told[n] for n in batch.used])
+    with pace.stage("verdicts"):
+        maps = detector.pipeline.enlarge(score_maps)
+        predictions = detector.judge(maps, fields, threshold, batch.sizes)
+    pace.judged(batch.opened)
+    pictures: Sequence[Image.Image | None] = batch.pictures or [None] * len(batch.used)
+    own = [paths[n] for n in batch.used]
+    scored = zip(batch.used, own, pictures, predictions, score_maps.cpu(), batch.sizes, strict=True)
+    return [ScoredImage(*one) for one in scored], tokens

@@ -104,15 +104,29 @@ def name_images(arguments: Sequence[Path], leave_out: Path | None = None) -> tup
     return named, notes
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is written of each image beside its scores.
+
+    Attributes:
+        heat_maps: a picture, see `draw_picture`.
+        maps: the map alone into `maps/`, as "png" (16 bits, see `map_image`) or "npy" (float32, of the network's own
+            size); None for none.
+        min_area: pixels that a region must have to be listed.
+    """
+
+    heat_maps: bool = True
+    maps: str | None = None
+    min_area: float = 0
+
+
 def write_scores(
     detector: AnomalyDetector,
     named: Sequence[NamedImage],
     output: Path,
     threshold: float,
     *,
-    heat_maps: bool = True,
-    maps: str | None = None,
-    min_area: float = 0,
+    wanted: Wanted = Wanted(),  # noqa: B008  it does not change
     batch_size: int = BATCH,
     quiet: bool = False,
 ) -> Scored:
@@ -123,24 +137,22 @@ def write_scores(
     Args:
         named: as `name_images` gives them.
         threshold: image score above which an image is defective.
-        maps: also write each map alone into `maps/`, as "png" (16 bits, see `map_image`) or "npy" (float32, of the
-            network's own size).
-        min_area: pixels that a region must have to be listed.
+        wanted: what is written beside the scores.
 
     Raises:
         Stopped: a signal asked for it; what is done is written.
     """
     found = Scored()
     with ScoreFiles(output) as files, ThreadPoolExecutor(os.cpu_count()) as pool:
-        draw = partial(_draw, detector, output, threshold, heat_maps, maps)
-        writer = _Writer(named, threshold, min_area, files, partial(pool.submit, draw), found)
+        draw = partial(_draw, detector, output, threshold, wanted)
+        writer = _Writer(named, threshold, wanted.min_area, files, partial(pool.submit, draw), found)
         scored = score_files(
             detector,
             [one.path for one in named],
             threshold=threshold,
             classes=[one.class_name for one in named],
             batch_size=batch_size,
-            keep_pictures=heat_maps,  # of a map alone the size is known
+            keep_pictures=wanted.heat_maps,
             pace=found.pace,
             quiet=quiet,
         )
@@ -206,22 +218,21 @@ def _draw(
     detector: AnomalyDetector,
     output: Path,
     threshold: float,
-    heat_maps: bool,
-    maps: str | None,
+    wanted: Wanted,
     image: ScoredImage,
     name: str,
 ) -> str | None:
     """The heat map's file, where one is wanted."""
     prediction = image.prediction
-    if maps == "npy":
+    if wanted.maps == "npy":
         target = (output / "maps" / name).with_suffix(".npy")
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as partial_path, open(partial_path, "wb") as file:
             np.save(file, prediction.anomaly_map)
-    elif maps == "png":
+    elif wanted.maps == "png":
         height, width = image.size
         write_png(map_image(prediction.anomaly_map, (width, height)), output / "maps" / name)
-    if not heat_maps:
+    if not wanted.heat_maps:
         return None
     assert image.picture is not None
     drawn = draw_picture(image.picture, prediction, detector.calibration, threshold)
