@@ -12,7 +12,7 @@ STUDY = ["scikit-image>=0.22", "scikit-learn>=1.4", "matplotlib>=3.8", *DEMO]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.5.4"]
 ENGINES = ["onnxruntime>=1.18", "openvino>=2025.1", *EXPORT]
 INT8 = ["nncf>=2.15", *ENGINES]
-TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", *STUDY, *INT8]
+TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", "playwright>=1.40", *STUDY, *INT8]
 
 setup(
     name="uniad_fast",
@@ -27,7 +27,11 @@ setup(
         "uniad_fast.kernels",
         *(f"uniad_fast.kernels.{name}" for name in find_packages("kernels")),
     ],
-    package_data={"uniad_fast.kernels": ["*.cpp", "*.h"], "uniad_fast.kernels.cpu": ["*.cpp", "*.h"]},
+    package_data={
+        "uniad_fast.kernels": ["*.cpp", "*.h"],
+        "uniad_fast.kernels.cpu": ["*.cpp", "*.h"],
+        "uniad_fast.deploy": ["report_page/*"],
+    },
     package_dir={"uniad_fast.kernels": "kernels"},
     install_requires=[
         "torch>=2.6",
@@ -36,6 +40,7 @@ setup(
         "numpy>=2.0",
         "pillow>=10.3",
         "safetensors>=0.4",
+        "jinja2>=3.1",
         "scipy>=1.13",  # the first with numpy 2,
         "tqdm>=4.66",
         "typer>=0.20",

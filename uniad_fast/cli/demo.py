@@ -9,6 +9,7 @@ import typer
 
 from ..data.datasets import load_dataset
 from ..data.samples import Dataset, Sample
+from ..deploy.report import Shown, write_report
 from ..detect import results
 from ..detect.detector import AnomalyDetector
 from ..detect.evaluation import evaluate
@@ -54,9 +55,12 @@ def demo(
     for path in written:
         say(f"wrote {path}")
     say(f"wrote {len(pictures)} pictures of the worst and best verdicts to {output / 'pictures'}")
+    page = output / "report.html"
+    shown = write_report(detector, [Shown.of(sample) for sample in dataset.test], page, "uniad-fast demo", quiet=quiet)
+    say(f"wrote {page}: open it in a browser ({page.absolute().as_uri()})")
     say(f"score your own images with: {shlex.join(['uniad-fast', 'score', str(bundle), 'IMAGES', '-o', 'OUT'])}")
     say(f"took {(time.monotonic() - started) / 60:.1f} minutes")
-    finish([*detector.unreadable, *evaluation.unreadable, *not_drawn])
+    finish([*detector.unreadable, *evaluation.unreadable, *shown.unreadable, *not_drawn])
 
 
 def thin_out(dataset: Dataset, images_per_class: int) -> Dataset:

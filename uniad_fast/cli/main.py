@@ -1,4 +1,4 @@
-"""The command line, uniad-fast: demo, train, eval, score, calibrate, export, engines, convert, doctor, study, data."""
+"""The command line: uniad-fast and its commands, a file each."""
 
 from typing import Annotated
 
@@ -13,6 +13,7 @@ from .engines import engines, remembered
 from .eval import evaluate_command
 from .export import export
 from .options import ERROR, reports_errors, say
+from .report import report
 from .score import score
 from .study import data_app, study
 from .train import train
@@ -41,7 +42,7 @@ def _options(
     """Options of the program itself."""
 
 
-for command in (demo, train, score, calibrate, export, engines, convert, study):
+for command in (demo, train, score, calibrate, export, engines, report, convert, study):
     app.command()(reports_errors(command))
 app.command("eval")(reports_errors(evaluate_command))
 app.add_typer(data_app, name="data")
