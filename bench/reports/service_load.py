@@ -1,0 +1,183 @@
+"""The service under load: good images among hostile ones, by several clients at once; beside `predict` and `score`.
+
+python -m bench.reports.service_load BUNDLE IMAGES [--clients 8] [--seconds 60] [--engine NAME]
+
+A server in a process of its own, on loopback. One request in four is hostile: junk, a truncated image, too many
+pixels, too many bytes, a wrong type. Memory is that of the server, after a tenth of the time and at the end.
+"""
+
+import argparse
+import io
+import itertools
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import httpx
+from PIL import Image
+
+from uniad_fast import AnomalyDetector
+from uniad_fast.data.image_files import list_images
+
+_TOLERANCE = 0.05  # of a score, against `predict`
+
+
+def hostile(good: bytes) -> list[tuple[bytes, str]]:
+    """(body, content type) of requests that are to be refused."""
+    buffer = io.BytesIO()
+    Image.new("L", (20_000, 20_000)).save(buffer, "PNG")
+    return [
+        (b"junk", "image/png"),
+        (good[: len(good) // 2], "image/png"),
+        (buffer.getvalue(), "image/png"),
+        (bytes(40_000_000), "image/png"),
+        (good, "text/html"),
+        (b"", "image/jpeg"),
+    ]
+
+
+def resident(process: subprocess.Popen) -> int:
+    """Bytes of the process in memory."""
+    text = Path(f"/proc/{process.pid}/status").read_text()
+    return int(next(line for line in text.splitlines() if line.startswith("VmRSS")).split()[1]) * 1024
+
+
+class Client(threading.Thread):
+    """Asks again and again; `latencies` are of good images, `wrong` what was answered otherwise than it should be."""
+
+    def __init__(self, address: str, images: dict[Path, float], number: int, until: float, with_hostile: bool) -> None:
+        super().__init__()
+        self._address, self._until = address, until
+        paths = list(images)[number:] + list(images)[:number]
+        self._good = [(path.read_bytes(), images[path]) for path in paths]
+        self._hostile = itertools.cycle(hostile(self._good[0][0])) if with_hostile else None
+        self.latencies: list[float] = []
+        self.refused = self.busy = 0
+        self.wrong: list[str] = []
+
+    def run(self) -> None:
+        with httpx.Client(timeout=60) as client:
+            for number, (content, expected) in enumerate(itertools.cycle(self._good)):
+                if time.monotonic() > self._until:
+                    return
+                if self._hostile is not None and number % 4 == 3:
+                    self._refused(client, *next(self._hostile))
+                began = time.perf_counter()
+                answer = client.post(self._address, content=content, headers={"Content-Type": "image/png"})
+                if answer.status_code == 429:
+                    self.busy += 1
+                    time.sleep(0.05)
+                    continue
+                self.latencies.append(time.perf_counter() - began)
+                found = answer.json()["results"][0]["score"] if answer.status_code == 200 else float("nan")
+                if not abs(found - expected) <= _TOLERANCE * max(1, abs(expected) / 10):
+                    self.wrong.append(f"{answer.status_code}: {found} instead of {expected}")
+
+    def _refused(self, client: httpx.Client, content: bytes, kind: str) -> None:
+        try:
+            answer = client.post(self._address, content=content, headers={"Content-Type": kind})
+        except httpx.TransportError:  # it closes on whoever goes on sending what has been refused
+            self.refused += 1
+            return
+        if 400 <= answer.status_code < 500 and answer.json()["detail"]:
+            self.refused += 1
+        else:
+            self.wrong.append(f"{answer.status_code} for {kind} of {len(content)} bytes")
+
+
+def under_load(
+    address: str, images: dict[Path, float], clients: int, seconds: float, with_hostile: bool
+) -> list[Client]:
+    until = time.monotonic() + seconds
+    asking = [Client(address, images, number, until, with_hostile) for number in range(clients)]
+    for one in asking:
+        one.start()
+    return asking
+
+
+def report(what: str, asking: list[Client], seconds: float) -> float:
+    latencies = sorted(itertools.chain.from_iterable(one.latencies for one in asking))
+    rate = len(latencies) / seconds
+    wrong = [problem for one in asking for problem in one.wrong]
+    half, most = latencies[len(latencies) // 2] * 1e3, latencies[int(len(latencies) * 0.99)] * 1e3
+    print(
+        f"{what}: {len(latencies)} images, {rate:.1f} a second, p50 {half:.0f} ms, p99 {most:.0f} ms; "
+        f"{sum(one.refused for one in asking)} refused, {sum(one.busy for one in asking)} told to come again, "
+        f"{len(wrong)} wrong {wrong[:3]}",
+        flush=True,
+    )
+    return rate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("images", type=Path)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--engine", default="torch")
+    options = parser.parse_args()
+    paths = list_images(options.images)[:200]
+    detector = AnomalyDetector.load(options.bundle)
+    expected = {path: prediction.score for path, prediction in zip(paths, detector.predict(paths), strict=True)}
+    detector.predict(paths[0])
+    times = []
+    for path in paths[:50]:
+        began = time.perf_counter()
+        detector.predict(path)
+        times.append(time.perf_counter() - began)
+    print(f"predict in a loop: p50 {statistics.median(times) * 1e3:.0f} ms, {1 / statistics.mean(times):.1f} a second")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    run = [sys.executable, "-c", "from uniad_fast.cli.main import main; main()"]
+    command = [*run, "serve", options.bundle, "--port", port, "--engine", options.engine]
+    server = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    try:
+        address = f"http://127.0.0.1:{port}/score"
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/readyz")
+                break
+            except httpx.TransportError:
+                time.sleep(0.2)
+        asking = under_load(address, expected, options.clients, options.seconds, True)
+        time.sleep(options.seconds / 10)
+        before = resident(server)
+        for one in asking:
+            one.join()
+        report(f"{options.clients} clients, hostile ones among them", asking, options.seconds)
+        after = resident(server)
+        print(f"memory {before / 2**20:.0f} MiB, at the end {after / 2**20:.0f} ({after / before - 1:+.1%})")
+        asking = under_load(address, expected, options.clients, options.seconds / 3, False)
+        for one in asking:
+            one.join()
+        rate = report(f"{options.clients} clients, good images alone", asking, options.seconds / 3)
+    finally:
+        server.terminate()
+        server.wait()
+    with tempfile.TemporaryDirectory() as folder:
+        score = [
+            *run,
+            "score",
+            options.bundle,
+            *paths,
+            "-o",
+            folder,
+            "--no-heat-maps",
+            "-q",
+            "--engine",
+            options.engine,
+        ]
+        text = subprocess.run(list(map(str, score)), capture_output=True, text=True).stdout
+    pace = next(line for line in text.splitlines() if " a second" in line)
+    print(f"score: {pace}\nservice / score: {rate / float(pace.split(' s, ')[1].split()[0]):.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Images that come one by one, measured together: batches formed by time and size, behind a queue with an end."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..detect.detector import AnomalyDetector
+from ..detect.prediction import Prediction
+from ..errors import UniadFastError
+
+
+class QueueFull(UniadFastError):
+    """More images wait than may."""
+
+
+class UnknownClass(UniadFastError):
+    """The detector knows no class of that name."""
+
+
+class Scored(NamedTuple):
+    """A prediction, and the detector that made it."""
+
+    prediction: Prediction
+    detector: AnomalyDetector
+
+
+class _Waiting(NamedTuple):
+    image: Tensor
+    size: tuple[int, int]
+    class_name: str | None
+    done: "Future[Scored]"
+
+
+class MicroBatches:
+    """A thread that measures what has been submitted, several images at a time.
+
+    Args:
+        detector: that measures.
+        most: images of a batch.
+        wait: seconds that a batch waits for further images once it has one.
+        waiting: images that may wait.
+        report: is told the size of each batch.
+    """
+
+    def __init__(
+        self,
+        detector: AnomalyDetector,
+        most: int = 16,
+        wait: float = 0.005,
+        waiting: int = 64,
+        report: Callable[[int], object] = lambda size: None,
+    ) -> None:
+        self.detector = detector
+        self._most, self._wait, self._report = most, wait, report
+        self._queue: queue.Queue[_Waiting | None] = queue.Queue(waiting)
+        self._thread = threading.Thread(target=self._run, name="micro-batches", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """How many images wait, about."""
+        return self._queue.qsize()
+
+    def submit(self, image: Tensor, size: tuple[int, int], class_name: str | None = None) -> "Future[Scored]":
+        """An image [3, S, S] in [0, 1], and the (height, width) that it had.
+
+        Args:
+            class_name: None where it is to be recognized. The future fails with UnknownClass where it is not known.
+
+        Raises:
+            QueueFull: too many wait.
+        """
+        done: Future[Scored] = Future()
+        try:
+            self._queue.put_nowait(_Waiting(image, size, class_name, done))
+        except queue.Full:
+            raise QueueFull(f"{self._queue.maxsize} images are waiting already") from None
+        return done
+
+    def exchange(self, detector: AnomalyDetector) -> None:
+        """Measure with another detector from the next batch on; it takes images of the same size.
+
+        Raises:
+            UniadFastError: it takes others.
+        """
+        before, after = self.detector.settings.image_size, detector.settings.image_size
+        if before != after:
+            raise UniadFastError(f"the new detector takes images of {after} pixels, this one {before}: start anew")
+        self.detector = detector
+
+    def stop(self) -> None:
+        """Measure what waits, and end the thread."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            batch, ends = self._collect()
+            if batch:
+                self._measure(batch)
+            if ends:
+                return
+
+    def _collect(self) -> tuple[list[_Waiting], bool]:
+        """Some images that belong together, and whether there are no more to come."""
+        first = self._queue.get()
+        if first is None:
+            return [], True
+        batch, until = [first], time.monotonic() + self._wait
+        while len(batch) < self._most:
+            try:
+                one = self._queue.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                break
+            if one is None:
+                return batch, True
+            batch.append(one)
+        return batch, False
+
+    def _measure(self, batch: list[_Waiting]) -> None:
+        detector = self.detector  # one for all of the batch, whatever is exchanged meanwhile
+        batch = [one for one in batch if one.done.set_running_or_notify_cancel()]
+        known: list[tuple[_Waiting, int | None]] = []
+        for one in batch:
+            try:
+                told = None if one.class_name is None else detector.trained.class_number(one.class_name)
+                known.append((one, told))
+            except UniadFastError as error:
+                one.done.set_exception(UnknownClass(str(error)))
+        if not known:
+            return
+        self._report(len(known))
+        try:
+            _, score_maps, fields = detector.measure(
+                torch.stack([one.image for one, _ in known]), [told for _, told in known]
+            )
+            maps = detector.pipeline.enlarge(score_maps)
+            found = detector.judge(maps, fields, sizes=[one.size for one, _ in known])
+        except Exception as error:  # whoever waits has to be told, whatever it is
+            for one, _ in known:
+                one.done.set_exception(error)
+            return
+        for (one, _), prediction in zip(known, found, strict=True):
+            one.done.set_result(Scored(prediction, detector))
