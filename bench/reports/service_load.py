@@ -24,6 +24,7 @@ from PIL import Image
 from uniad_fast import AnomalyDetector
 from uniad_fast.data.image_files import list_images
 
+_RUN = [sys.executable, "-c", "from uniad_fast.cli.main import main; main()"]
 _TOLERANCE = 0.05  # of a score, against `predict`
 
 
@@ -132,20 +133,30 @@ def main() -> None:
         detector.predict(path)
         times.append(time.perf_counter() - began)
     print(f"predict in a loop: p50 {statistics.median(times) * 1e3:.0f} ms, {1 / statistics.mean(times):.1f} a second")
+    rate = loaded(options, expected)
+    with tempfile.TemporaryDirectory() as folder:
+        score = [*_RUN, "score", options.bundle, *paths, "-o", folder, "--no-heat-maps", "-q"]
+        score += ["--engine", options.engine]
+        text = subprocess.run(list(map(str, score)), capture_output=True, text=True).stdout
+    pace = next(line for line in text.splitlines() if " a second" in line)
+    print(f"score: {pace}\nservice / score: {rate / float(pace.split(' s, ')[1].split()[0]):.2f}")
+
+
+def loaded(options: argparse.Namespace, expected: dict[Path, float]) -> float:
+    """Images a second that the service answers to good clients, after it has answered all kinds of them."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    run = [sys.executable, "-c", "from uniad_fast.cli.main import main; main()"]
-    command = [*run, "serve", options.bundle, "--port", port, "--engine", options.engine]
+    command = [*_RUN, "serve", options.bundle, "--port", port, "--engine", options.engine]
     server = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
     try:
-        address = f"http://127.0.0.1:{port}/score"
         while True:
             try:
                 httpx.get(f"http://127.0.0.1:{port}/readyz")
                 break
             except httpx.TransportError:
                 time.sleep(0.2)
+        address = f"http://127.0.0.1:{port}/score"
         asking = under_load(address, expected, options.clients, options.seconds, True)
         time.sleep(options.seconds / 10)
         before = resident(server)
@@ -157,26 +168,10 @@ def main() -> None:
         asking = under_load(address, expected, options.clients, options.seconds / 3, False)
         for one in asking:
             one.join()
-        rate = report(f"{options.clients} clients, good images alone", asking, options.seconds / 3)
+        return report(f"{options.clients} clients, good images alone", asking, options.seconds / 3)
     finally:
         server.terminate()
         server.wait()
-    with tempfile.TemporaryDirectory() as folder:
-        score = [
-            *run,
-            "score",
-            options.bundle,
-            *paths,
-            "-o",
-            folder,
-            "--no-heat-maps",
-            "-q",
-            "--engine",
-            options.engine,
-        ]
-        text = subprocess.run(list(map(str, score)), capture_output=True, text=True).stdout
-    pace = next(line for line in text.splitlines() if " a second" in line)
-    print(f"score: {pace}\nservice / score: {rate / float(pace.split(' s, ')[1].split()[0]):.2f}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from .score import score
 from .serve import serve
 from .study import data_app, study
 from .train import train
+from .watch import watch
 
 app = typer.Typer(
     help="Find and locate visual defects: one model for many product classes, trained from good images only.",
@@ -43,7 +44,7 @@ def _options(
     """Options of the program itself."""
 
 
-for command in (demo, train, score, calibrate, export, engines, report, serve, convert, study):
+for command in (demo, train, score, calibrate, export, engines, report, serve, watch, convert, study):
     app.command()(reports_errors(command))
 app.command("eval")(reports_errors(evaluate_command))
 app.add_typer(data_app, name="data")
