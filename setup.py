@@ -13,10 +13,11 @@ EXPORT = ["onnx>=1.16", "onnxscript>=0.5.4"]
 ENGINES = ["onnxruntime>=1.18", "openvino>=2025.1", *EXPORT]
 SERVE = ["fastapi>=0.110", "uvicorn>=0.29", "python-multipart>=0.0.9", "prometheus-client>=0.20"]
 WATCH = ["watchdog>=4"]
+LOG = ["tensorboard>=2.16"]
 INT8 = ["nncf>=2.15", *ENGINES]
 TEST = [
     *("pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", "playwright>=1.40", "httpx>=0.27"),
-    *("schemathesis>=4", *STUDY, *INT8, *SERVE, *WATCH),
+    *("schemathesis>=4", *STUDY, *INT8, *SERVE, *WATCH, *LOG),
 ]
 
 setup(
@@ -63,6 +64,7 @@ setup(
         "int8": INT8,
         "serve": SERVE,
         "watch": WATCH,
+        "log": LOG,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.6", "mypy>=1.11", "pre-commit>=3"],
     },

@@ -32,13 +32,12 @@ def run(directory, recipe=RECIPE, seed=0, tokens=TOKENS, **options):
     return model
 
 
-def fit(model, tokens, recipe, seed, directory, resume=False, checkpoint_seconds=60.0, **options):
+def fit(model, tokens, recipe, seed, directory, resume=False, checkpoint_seconds=60.0, events=None, **options):
     criterion = ReconstructionLoss(
         model, *channel_statistics(tokens), optimization.loss(recipe), precision=recipe.precision
     )
-    return train(
-        criterion, tokens, recipe, seed, RunFiles(directory, {}, resume, checkpoint_seconds), quiet=True, **options
-    )
+    files = RunFiles(directory, {}, resume, checkpoint_seconds, events)
+    return train(criterion, tokens, recipe, seed, files, quiet=True, **options)
 
 
 def rows(directory):
@@ -269,3 +268,19 @@ def test_a_patient_run_resumes_and_stays_ended(tmp_path):
 def test_patience_needs_something_to_watch(tmp_path):
     with pytest.raises(ValueError, match="patience 2 needs held-out good images"):
         run(tmp_path, PATIENT)
+
+
+def test_events_say_what_the_log_says(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    plain = run(tmp_path / "a", validation=TOKENS[:4])
+    told = run(tmp_path / "b", validation=TOKENS[:4], events=tmp_path / "events")
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), told.parameters(), strict=True))
+    found, log = EventAccumulator(str(tmp_path / "events")).Reload(), rows(tmp_path / "b")
+    assert len(log) == 8
+    for column in ("loss", "norm", "seconds"):
+        values = found.Scalars(f"training/{column}")
+        assert [value.step for value in values] == list(range(8))
+        for value, row in zip(values, log, strict=True):
+            assert value.value == pytest.approx(float(row[column]), rel=1e-4, abs=0.006)
+    assert [value.step for value in found.Scalars("held-out loss")] == [2, 4, 6, 8]

@@ -90,9 +90,7 @@ def test_files_are_scored_when_they_are_complete(bundle, made_up_classes, tmp_pa
     process = start(bundle, folder, output, "--settle", 0.5, "--on-defect", f"{script} 'a b'")
     wait_for(lambda: scored(output) == 1, process)
     content = square.read_bytes()
-    with open(
-        folder / "deep/slow.png", "wb"
-    ) as slow:  # longer than it takes to settle
+    with open(folder / "deep/slow.png", "wb") as slow:  # longer than it takes to settle
         for start_of in range(0, len(content), len(content) // 8 + 1):
             slow.write(content[start_of : start_of + len(content) // 8 + 1])
             slow.flush()

@@ -3,7 +3,7 @@
 import shlex
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,6 +13,7 @@ from ..detect.bundle import check_writable
 from ..detect.detector import AnomalyDetector
 from ..errors import UniadFastError
 from ..files import locked
+from ..packages import require
 from ..printable import printable
 from ..signals import Stopped
 from ..training.recipes import RECIPES
@@ -78,6 +79,9 @@ def train(
     roi: Roi = None,
     add_to: _AddTo = None,
     seed: Seed = 0,
+    logger: Annotated[
+        Literal["tensorboard"] | None, typer.Option(help="Also log to BUNDLE.tensorboard, for TensorBoard.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of this command.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw an interrupted run away.")] = False,
     all_good: AllGood = False,
@@ -108,7 +112,7 @@ def train(
     if not dataset.train:
         raise DataError(f"{data} has no good image to learn from")
     show_data(dataset)
-    fit_and_save(detector, dataset, output, resume, restart, quiet)
+    fit_and_save(detector, dataset, output, resume, restart, quiet, logger)
     if dataset.test:
         _say_how_to_test(output, data, image_root)
     finish(detector.unreadable)
@@ -134,10 +138,19 @@ def _say_how_to_test(bundle: Path, data: str, image_root: Path | None) -> None:
 
 
 def fit_and_save(
-    detector: AnomalyDetector, dataset: Dataset, output: Path, resume: bool, restart: bool, quiet: bool
+    detector: AnomalyDetector,
+    dataset: Dataset,
+    output: Path,
+    resume: bool,
+    restart: bool,
+    quiet: bool,
+    logger: str | None = None,
 ) -> None:
     """Train with checkpoints beside the bundle-to-be, write the bundle, drop the checkpoints."""
+    if logger is not None:
+        require("tensorboard")
     output = output.absolute() if output.name else output.resolve()
+    events = None if logger is None else output.with_name(f"{output.name}.tensorboard")
     check_writable(output)
     work_dir = output.with_name(f"{output.name}.training")
     _check_work_dir(work_dir)
@@ -156,7 +169,7 @@ def fit_and_save(
         say(f"{dataset.name}: {len(dataset.train)} good images of {len(classes)} classes to learn from")
         try:
             learn = detector.add if detector.classes else detector.fit
-            learn(dataset, work_dir=work_dir, resume=resume, quiet=quiet)
+            learn(dataset, work_dir=work_dir, resume=resume, events_dir=events, quiet=quiet)
             detector.save(output)
         except (Stopped, KeyboardInterrupt):
             if (work_dir / "checkpoint.pt").exists():
@@ -171,6 +184,8 @@ def fit_and_save(
             raise
         shutil.rmtree(work_dir)
     say(f"wrote {output}; {threshold_sentence(detector)}")
+    if events is not None:
+        say(f"wrote {events}; look with: {shlex.join(['tensorboard', '--logdir', str(events)])}")
     if (sentence := recognition_sentence(detector)) is not None:
         say(sentence)
     list_problems("note", detector.notes)

@@ -119,6 +119,7 @@ class AnomalyDetector:
         work_dir: str | os.PathLike | None = None,
         resume: bool = False,
         checkpoint_seconds: float = 60.0,
+        events_dir: str | os.PathLike | None = None,
         quiet: bool = False,
     ) -> "AnomalyDetector":
         """Learn what good looks like; returns self.
@@ -127,6 +128,7 @@ class AnomalyDetector:
             data: good images, see `GoodImages`.
             work_dir: where the log and the checkpoints of this run are kept; None keeps none.
             resume: go on from the checkpoint in `work_dir`.
+            events_dir: gets events for TensorBoard; None writes none.
 
         Raises:
             DataError: fewer than two readable good images.
@@ -134,7 +136,7 @@ class AnomalyDetector:
             Diverged: the loss is not finite any more; names the images of the batch where that was seen.
             UniadFastError: no finite threshold comes out.
         """
-        self._learn(good_samples(data), Run(work_dir, resume, checkpoint_seconds), quiet, None)
+        self._learn(good_samples(data), Run(work_dir, resume, checkpoint_seconds, events_dir), quiet, None)
         return self
 
     def add(
@@ -144,6 +146,7 @@ class AnomalyDetector:
         work_dir: str | os.PathLike | None = None,
         resume: bool = False,
         checkpoint_seconds: float = 60.0,
+        events_dir: str | os.PathLike | None = None,
         quiet: bool = False,
     ) -> "AnomalyDetector":
         """Learn further classes, going on from what is known, in a fifth of the steps of training anew; returns self.
@@ -154,7 +157,7 @@ class AnomalyDetector:
 
         Raises: as `fit` does; DataError too where a known class has no image in `data`.
         """
-        self._learn(good_samples(data), Run(work_dir, resume, checkpoint_seconds), quiet, self.trained)
+        self._learn(good_samples(data), Run(work_dir, resume, checkpoint_seconds, events_dir), quiet, self.trained)
         return self
 
     def _learn(self, samples: list[Sample], run: Run, quiet: bool, before: Trained | None) -> None:
@@ -212,15 +215,12 @@ class AnomalyDetector:
     def predict(
         self, images: ImageLike | Sequence[ImageLike], class_name: str | None = None
     ) -> Prediction | list[Prediction]:
-        """Score an image, or a list of them.
+        """Score an image, or a list of them: a `Prediction`, or a list of these.
 
         Args:
             images: a path, a Pillow image, an array [height, width] or [height, width, 3] (uint8, or float in
                 [0, 1]), a tensor [3, height, width] (likewise), or a list of any of these.
             class_name: of all of them, one of `classes`; None recognizes it image by image.
-
-        Returns:
-            A `Prediction`, or a list of them.
 
         Raises:
             UnreadableImage: a file can't be read.

@@ -56,11 +56,14 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Run:
-    """Where log and checkpoints of a training are kept (None: nowhere), whether it goes on, and how often it saves."""
+    """Where log and checkpoints of a training are kept (None: nowhere), whether it goes on, how often it saves, and
+    where TensorBoard's events go (None: nowhere).
+    """
 
     work_dir: str | os.PathLike | None = None
     resume: bool = False
     checkpoint_seconds: float = 60.0
+    events: str | os.PathLike | None = None
 
 
 class Learned(NamedTuple):
@@ -206,7 +209,7 @@ def _train(
     }
     with contextlib.ExitStack() as stack:
         directory = run.work_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        files = RunFiles(directory, identity, run.resume, run.checkpoint_seconds)
+        files = RunFiles(directory, identity, run.resume, run.checkpoint_seconds, run.events)
         options: dict[str, Any] = {"validation": good.parts[1], "quiet": where.quiet}
         try:
             train_pipeline(pipeline, good.parts[0], recipe, settings.seed, files, **options)

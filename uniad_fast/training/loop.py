@@ -133,8 +133,12 @@ class _Run:
 
     def _end_epoch(self, validation: NDArray | None, after_epoch: Callable[[int], None] | None) -> None:
         self.criterion.eval()
-        if self.recipe.patience and validation is not None:
-            self.patience.see(_mean_loss(self.criterion, validation))
+        if validation is not None and len(validation) and (self.recipe.patience or self.log.has_events):
+            with self.log.paused() if not self.recipe.patience else contextlib.nullcontext():
+                loss = _mean_loss(self.criterion, validation)
+            self.log.add_held_out(self.step, loss)
+            if self.recipe.patience:
+                self.patience.see(loss)
         if after_epoch is not None:
             with self.log.paused():
                 after_epoch(self.step // self.steps_per_epoch)

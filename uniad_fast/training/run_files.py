@@ -52,12 +52,14 @@ class RunFiles:
         run: what identifies this run (JSON values); a checkpoint of another one is not resumed.
         resume: go on from the checkpoint, to the same numbers as an unbroken run; without one, start.
         checkpoint_seconds: between two checkpoints; there is one at the end, too.
+        events: folder for TensorBoard's events; None for none.
     """
 
     directory: str | os.PathLike
     run: dict[str, Any]
     resume: bool = False
     checkpoint_seconds: float = 60.0
+    events: str | os.PathLike | None = None
 
     def path(self, name: str) -> Path:
         return Path(self.directory, name)
@@ -139,6 +141,11 @@ class Log:
             writer.writerows(kept)
         self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115, closed by __exit__
         self._writer = csv.writer(self._file)
+        self._events: Any = None
+        if files.events is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(files.events), purge_step=keep_below)
 
     def check(self, step: int, loss: Tensor, rows: NDArray) -> None:
         """Diverged, as soon as looking costs nothing: at once on a CPU, elsewhere when the rows are written."""
@@ -168,9 +175,23 @@ class Log:
             self._writer.writerow(
                 [step, epoch, f"{self.last_loss:.6g}", f"{learning_rate:.6g}", f"{norm.item():.6g}", f"{seconds:.2f}"]
             )
+            if self._events is not None:
+                figures = {"loss": self.last_loss, "learning rate": learning_rate, "norm": norm.item()}
+                for name, value in (figures | {"seconds": seconds}).items():
+                    self._events.add_scalar(f"training/{name}", value, step)
         self._pending.clear()
         self._rows.clear()
         self._file.flush()
+
+    @property
+    def has_events(self) -> bool:
+        """Whether somebody looks at more than the CSV."""
+        return self._events is not None
+
+    def add_held_out(self, step: int, loss: float) -> None:
+        """The loss of images that are not trained on, for the events."""
+        if self._events is not None:
+            self._events.add_scalar("held-out loss", loss, step)
 
     def __enter__(self) -> "Log":
         return self
@@ -181,6 +202,8 @@ class Log:
                 self.flush()
         finally:
             self._file.close()
+            if self._events is not None:
+                self._events.close()
 
 
 def _read_log(path: Path, below: int) -> list[dict[str, str]]:
