@@ -278,7 +278,7 @@ def test_events_say_what_the_log_says(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), told.parameters(), strict=True))
     found, log = EventAccumulator(str(tmp_path / "events")).Reload(), rows(tmp_path / "b")
     assert len(log) == 8
-    for column in ("loss", "norm", "seconds"):
+    for column in ("loss", "learning_rate", "gradient_norm", "seconds"):
         values = found.Scalars(f"training/{column}")
         assert [value.step for value in values] == list(range(8))
         for value, row in zip(values, log, strict=True):

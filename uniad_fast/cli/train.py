@@ -52,6 +52,10 @@ _AddTo = Annotated[
     Path | None, typer.Option(metavar="BUNDLE", help="Go on from this bundle; DATA has its classes and new ones.")
 ]
 
+_Logger = Annotated[
+    Literal["tensorboard"] | None, typer.Option(help="Also log to BUNDLE.tensorboard, for TensorBoard.")
+]
+
 
 def train(
     context: typer.Context,
@@ -79,9 +83,7 @@ def train(
     roi: Roi = None,
     add_to: _AddTo = None,
     seed: Seed = 0,
-    logger: Annotated[
-        Literal["tensorboard"] | None, typer.Option(help="Also log to BUNDLE.tensorboard, for TensorBoard.")
-    ] = None,
+    logger: _Logger = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of this command.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw an interrupted run away.")] = False,
     all_good: AllGood = False,

@@ -176,8 +176,9 @@ class Log:
                 [step, epoch, f"{self.last_loss:.6g}", f"{learning_rate:.6g}", f"{norm.item():.6g}", f"{seconds:.2f}"]
             )
             if self._events is not None:
-                figures = {"loss": self.last_loss, "learning rate": learning_rate, "norm": norm.item()}
-                for name, value in (figures | {"seconds": seconds}).items():
+                for name, value in zip(
+                    LOG_FIELDS[2:], (self.last_loss, learning_rate, norm.item(), seconds), strict=True
+                ):
                     self._events.add_scalar(f"training/{name}", value, step)
         self._pending.clear()
         self._rows.clear()
