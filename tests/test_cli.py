@@ -166,7 +166,7 @@ def test_demo(tmp_path, cache):
     assert drawn and drawn <= {f"{kind}-{n}.png" for kind in ("hit", "miss", "false-alarm") for n in (1, 2, 3)}
     assert "at the threshold" in output and "found, " in output
     files = {"metrics.csv", "metrics.json", "decisions.csv", "scores.csv"}
-    assert {p.name for p in tmp_path.iterdir()} == {"bundle", "pictures", *files}
+    assert {p.name for p in tmp_path.iterdir()} == {"bundle", "pictures", "report.html", *files}
     call("demo", "-o", tmp_path, *options)  # once more over the old one
 
 

@@ -65,7 +65,7 @@ def test_one_image_says_what_predict_says(client, paths, predictions):
         answer = score(client, path.read_bytes(), regions=1)
         assert answer.status_code == 200
         (found,) = answer.json()["results"]
-        assert found.keys() == {"image", "class", "score", "label", "threshold", "heat_map", "regions"}
+        assert found.keys() == {"image", "class", "score", "label", "threshold", "heat_map", "regions", "note"}
         assert found["score"] == pytest.approx(expected.score, abs=0.02, rel=1e-3)
         assert (found["class"], found["label"]) == (expected.class_name, int(expected.label))
         assert len(found["regions"]) == len(expected.regions)
@@ -141,6 +141,7 @@ def test_a_token_and_a_host_are_asked_for(service, paths):
     right = {**PNG, "Authorization": f"Bearer {'s' * 16}"}
     assert score(client, paths[0].read_bytes(), headers=right).status_code == 200
     assert client.get("/metrics").status_code == 401 and client.get("/healthz").status_code == 200
+    assert client.get("/").status_code == 200  # the page asks for it
     assert client.get("/healthz", headers={"Host": "evil.example"}).status_code == 400
 
 
@@ -202,7 +203,8 @@ def test_a_reload_and_a_stop_lose_nothing(server, paths, made_up_classes):
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
-    time.sleep(1)
+    while len(answers) < 4 and process.poll() is None:
+        time.sleep(0.1)
     first = len(answers)
     before.calibrate(made_up_classes, false_alarm_rate=0.3, quiet=True).save(own)
     process.send_signal(signal.SIGHUP)

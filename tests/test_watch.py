@@ -118,7 +118,7 @@ def test_files_are_scored_when_they_are_complete(bundle, made_up_classes, tmp_pa
     wait_for(lambda: scored(output) == 5, again)
     time.sleep(1)
     again.send_signal(signal.SIGINT)
-    assert again.wait(20) == 128 + signal.SIGINT and scored(output) == 5
+    assert again.wait(60) == 128 + signal.SIGINT and scored(output) == 5
     assert [one["image"] for one in table(output)] == [one["image"] for one in lines(output)]
 
 
@@ -153,5 +153,11 @@ def test_killed_again_and_again_each_is_scored_once(bundle, made_up_classes, tmp
 
 
 def test_what_can_not_be_watched(bundle, tmp_path):
+    (tmp_path / "in").mkdir()
+    for output in (tmp_path / "in", tmp_path):
+        text = call("watch", bundle, tmp_path / "in", "-o", output, code=2)
+        assert "write to a folder in it, or elsewhere" in text
+    text = call("watch", bundle, tmp_path / "in", "-o", tmp_path / "o", "--on-defect", "alarm 'x", code=2)
+    assert "can't be understood" in text
     assert "is no folder" in call("watch", bundle, tmp_path / "nothing", "-o", tmp_path / "o", code=2)
     assert call("watch", tmp_path / "no-bundle", tmp_path, "-o", tmp_path / "o", code=2)

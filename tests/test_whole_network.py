@@ -91,6 +91,31 @@ def test_every_instruction_set_within_budget(case, path, monkeypatch):
     assert_within_budget(whole(model, tokens), truth, plain, f"{case} {path}")
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_within_budget(case):
+    """Under autocast, by oneDNN's products and by the kernel's, against float64 of the same tokens and parameters."""
+    if not launch_reconstruct.has_bfloat16():
+        pytest.skip("this processor does not multiply bfloat16")
+    model = make(**CASES[case])
+    tokens = tokens_for(model, 2)
+    truth = by_layers(model, tokens, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, plain = whole(model, tokens), by_layers(model, tokens, impl="torch")
+    assert ours.dtype == plain.dtype == torch.bfloat16
+    assert_within_budget(ours, truth, plain, case)
+    float32 = whole(model, tokens)
+    assert not torch.equal(ours.float(), float32)  # it is another computation, not the same rounded
+
+
+def test_bfloat16_is_whole_for_small_batches_alone():
+    if not launch_reconstruct.has_bfloat16():
+        pytest.skip("this processor does not multiply bfloat16")
+    model = make()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert whole_network.reconstruct(model, tokens_for(model, 2048 // 35)) is not None
+        assert whole_network.reconstruct(model, tokens_for(model, 2048 // 35 + 1)) is None
+
+
 @pytest.mark.parametrize("batch", [1, 2, 7])
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
 def test_an_image_is_what_it_is_alone_on_any_number_of_threads(batch, threads):
@@ -221,8 +246,10 @@ def test_gradients_autocast_tracers_and_other_tensors_go_layer_by_layer():
         for other in (tokens.double(), tokens.bfloat16(), tokens.to("meta"), tokens[:0], nn.Parameter(tokens)):
             assert whole_network.reconstruct(model, other) is None
         assert model.reconstruct(tokens[:0]).shape == (0, 35, 13)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.float16):
             assert whole_network.reconstruct(model, tokens) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (whole_network.reconstruct(model, tokens) is not None) == launch_reconstruct.has_bfloat16()
         exported = torch.export.export(model, ({"feature_align": torch.randn(2, 13, *GRID)},))
     assert not any("reconstruct" in str(node.target) for node in exported.graph.nodes)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..layout import contiguous
 from .build import load
 
-__all__ = ["Sizes", "panel", "reconstruct"]
+__all__ = ["Sizes", "has_bfloat16", "panel", "reconstruct"]
 
 
 class Sizes(NamedTuple):
@@ -30,10 +30,18 @@ def panel() -> int:
     return load().uniad_panel()
 
 
-def reconstruct(tokens: Tensor, position: Tensor, sizes: Sizes, network: Sequence[Tensor | float | None]) -> Tensor:
+def has_bfloat16() -> bool:
+    """Whether the kernel was compiled for a processor that multiplies bfloat16."""
+    return bool(load().uniad_has_pairs())
+
+
+def reconstruct(
+    tokens: Tensor, position: Tensor, sizes: Sizes, network: Sequence[Tensor | float | None], in_bfloat16: bool
+) -> Tensor:
     """The network's output [B, N, C] of tokens [B, N, C], float32; position [N, width].
 
     network: parameters in the order of reconstruct.cpp, float32; a float is a norm's epsilon.
+    in_bfloat16: round the operands of linear layers to it, where `has_bfloat16`.
     """
     out = torch.empty(tokens.shape, dtype=torch.float32, device="cpu")
     held = [contiguous(word) if isinstance(word, Tensor) else word for word in network]  # until the kernel returns
@@ -44,6 +52,7 @@ def reconstruct(tokens: Tensor, position: Tensor, sizes: Sizes, network: Sequenc
         words,
         *(ctypes.c_void_p(t.data_ptr()) for t in (position, tokens, out)),
         (ctypes.c_int64 * 6)(*tokens.stride(), *out.stride()),
+        ctypes.c_int64(in_bfloat16),
     )
     return out
 

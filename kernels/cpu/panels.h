@@ -57,45 +57,51 @@ struct Product {
   Panels residual = {nullptr, 0, 0};  // added, of `outs` channels
 };
 
-// sum[r][v] = over c of weight[r * ins + c] * in[c][v]. The rows' pointers are kept apart: their distance varies.
-// A float is spread as the word that it is: as a number it would be added to zero first.
-template <int R, int V> INLINE void tile_sums(
-    const float* weight, int64_t ins, const float* in, bool is_first, vfloat (&sum)[R][V]) {
+// sum[r][v] = over words c of weight[r * words + c] * in[c][v]. The rows' pointers are kept apart: their distance varies.
+template <class Mode, int R, int V> INLINE void tile_sums(
+    const uint32_t* weight, int64_t words, const uint32_t* in, bool is_first, vfloat (&sum)[R][V]) {
   const uint32_t* row[R];
 #pragma GCC unroll 24
   for (int r = 0; r < R; r++) {
-    row[r] = (const uint32_t*)weight + r * ins;
+    row[r] = weight + r * words;
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) sum[r][v] = vfloat{};
   }
-  constexpr int64_t LINE = 64 / sizeof(float);
-  for (int64_t begin = 0; begin < ins; begin += LINE) {
-    const int64_t end = std::min(begin + LINE, ins);
+  constexpr int64_t LINE = 64 / sizeof(uint32_t);
+  for (int64_t begin = 0; begin < words; begin += LINE) {
+    const int64_t end = std::min(begin + LINE, words);
     // The next tile's weights, which may still lie in memory. Later panels find them in the cache.
     if (is_first)
 #pragma GCC unroll 24
-      for (int r = 0; r < R; r++) __builtin_prefetch(row[r] + R * ins + begin, 0, 2);
+      for (int r = 0; r < R; r++) __builtin_prefetch(row[r] + R * words + begin, 0, 2);
 #pragma GCC unroll 1
     for (int64_t c = begin; c < end; c++) {
-      vfloat right[V];
+      vword right[V];
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v++) right[v] = load<vfloat>(in + (c * V + v) * LANES);
+      for (int v = 0; v < V; v++) right[v] = load<vword>(in + (c * V + v) * LANES);
 #pragma GCC unroll 24
       for (int r = 0; r < R; r++) {
-        const vfloat left = (vfloat)splat_word(row[r][c]);
+        const vword left = splat_word(row[r][c]);
 #pragma GCC unroll 2
-        for (int v = 0; v < V; v++) sum[r][v] += left * right[v];
+        for (int v = 0; v < V; v++) sum[r][v] = Mode::dot(sum[r][v], left, right[v]);
       }
     }
   }
 }
 
+// What a tile multiplies: weights of the product's row `row` and those after it, and a panel, both as words.
+struct Operands {
+  const uint32_t *weight, *in;
+  int64_t words, row;
+  bool is_first;  // to read these weights from where torch keeps them
+};
+
 // Outputs first .. first + R - 1 of one panel, V vectors wide.
-template <int R, int V>
+template <class Mode, int R, int V>
 inline __attribute__((noinline)) void tile(
-    const Product& p, int64_t first, const float* in, const float* residual, bool is_first, float* out) {
+    const Product& p, int64_t first, const Operands& x, const float* residual, float* out) {
   vfloat sum[R][V];
-  tile_sums<R, V>(p.weight + first * p.ins, p.ins, in, is_first, sum);
+  tile_sums<Mode, R, V>(x.weight + (first - x.row) * x.words, x.words, x.in, x.is_first, sum);
 #pragma GCC unroll 24
   for (int r = 0; r < R; r++) {
     const float bias = p.bias ? p.bias[first + r] : 0.f;
@@ -110,40 +116,90 @@ inline __attribute__((noinline)) void tile(
   }
 }
 
-template <int V>
-void tiles(
-    const Product& p, int64_t first, int64_t last, const float* in, const float* residual, bool is_first, float* out) {
+template <class Mode, int V>
+void tiles(const Product& p, int64_t first, int64_t last, const Operands& x, const float* residual, float* out) {
   constexpr int R = V == 2 ? TILE : NARROW_TILE;
   int64_t o = first;
-  for (; o + R <= last; o += R) tile<R, V>(p, o, in, residual, is_first, out);
+  for (; o + R <= last; o += R) tile<Mode, R, V>(p, o, x, residual, out);
   if constexpr (V == 1) {
-    for (; o + TILE <= last; o += TILE) tile<TILE, 1>(p, o, in, residual, is_first, out);
+    for (; o + TILE <= last; o += TILE) tile<Mode, TILE, 1>(p, o, x, residual, out);
   }
-  for (; o + 2 <= last; o += 2) tile<2, V>(p, o, in, residual, is_first, out);
-  for (; o < last; o++) tile<1, V>(p, o, in, residual, is_first, out);
+  for (; o + 2 <= last; o += 2) tile<Mode, 2, V>(p, o, x, residual, out);
+  for (; o < last; o++) tile<Mode, 1, V>(p, o, x, residual, out);
 }
 
-// This thread's part of the product of `batch` sequences.
+// Elements of a block of weights, which stays in the second-level cache while all panels pass by; a panel stays in the
+// first.
+template <class Mode> constexpr int64_t CACHED = 48 * 1024 * Mode::PAIR;
+
+// A thread's room for operands as pairs of bfloat16: words of a block of weights, then those of a panel.
+template <class Mode> int64_t pair_room(int64_t ins) {
+  const int64_t words = (ins + 1) / 2;
+  return Mode::PAIR == 1 ? 0 : std::max(CACHED<Mode> / 2, NARROW_TILE * words) + words * PANEL;
+}
+
+#if defined(UNIAD_BF16)
+// Rows of floats as pairs of bfloat16 that are neighbours in their row.
+inline void pair_weights(const float* from, int64_t rows, int64_t ins, uint32_t* to) {
+  const int64_t words = (ins + 1) / 2;
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < ins; c += 2 * LANES) {
+      const int64_t left = ins - c;
+      const __mmask16 low = left >= LANES ? 0xffff : (1 << left) - 1;
+      const __mmask16 high = left >= 2 * LANES ? 0xffff : left > LANES ? (1 << (left - LANES)) - 1 : 0;
+      const __mmask16 stored = left >= 2 * LANES ? 0xffff : (1 << (left + 1) / 2) - 1;
+      const float* at = from + r * ins + c;
+      const __m512bh pair = _mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high, at + LANES), _mm512_maskz_loadu_ps(low, at));
+      _mm512_mask_storeu_epi32(to + r * words + c / 2, stored, (__m512i)pair);
+    }
+}
+
+// A panel's channels as pairs of bfloat16 that are neighbours in their token.
+inline void pair_panel(const float* from, int64_t ins, int64_t width, uint32_t* to) {
+  const auto narrow = [](const float* p) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p))); };
+  for (int64_t c = 0; c < ins; c += 2)
+    for (int64_t t = 0; t < width; t += LANES) {
+      const __m512i low = narrow(from + c * width + t);
+      const __m512i high = c + 1 < ins ? narrow(from + (c + 1) * width + t) : _mm512_setzero_si512();
+      store(to + c / 2 * width + t, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+}
+#endif
+
+// This thread's part of the product of `batch` sequences. room: `pair_room` words, where Mode has pairs.
+template <class Mode>
 inline void multiply_panels(
-    const Product& p, int64_t batch, Tokens tokens, Panels in, Panels out, int64_t thread, int64_t threads) {
-  // A block of weights stays in the second-level cache while all panels pass by; a panel stays in the first.
-  constexpr int64_t CACHED = 48 * 1024;
+    const Product& p, int64_t batch, Tokens tokens, Panels in, Panels out, int64_t thread, int64_t threads,
+    uint32_t* room) {
   const int64_t units = (p.outs + NARROW_TILE - 1) / NARROW_TILE;
-  const int64_t most = std::max<int64_t>(1, CACHED / p.ins / NARROW_TILE), blocks = (units + most - 1) / most;
+  const int64_t most = std::max<int64_t>(1, CACHED<Mode> / p.ins / NARROW_TILE), blocks = (units + most - 1) / most;
   const int64_t per_block = (units + blocks - 1) / blocks, block = per_block * NARROW_TILE;
-  const int64_t groups = tokens.panels() * batch;
+  const int64_t groups = tokens.panels() * batch, words = (p.ins + Mode::PAIR - 1) / Mode::PAIR;
   const Share share(blocks * groups * per_block, thread, threads);
+  int64_t paired = -1;  // block whose weights are in `room`
   for (int64_t i = share.begin; i < share.end;) {
     const int64_t at = i / per_block, from = i % per_block, to = std::min(per_block, from + share.end - i);
     const int64_t sequence = at % groups / tokens.panels(), panel = at % groups % tokens.panels();
-    const int64_t base = at / groups * block, width = tokens.width(panel);
+    const int64_t base = std::min(p.outs, at / groups * block), width = tokens.width(panel);
     const int64_t first = std::min(p.outs, base + from * NARROW_TILE), last = std::min(p.outs, base + to * NARROW_TILE);
     const float* x = in.at(sequence, panel, width);
     const float* r = p.residual.data ? p.residual.at(sequence, panel, width) : nullptr;
     float* y = out.at(sequence, panel, width);
-    const bool is_first = at % groups == 0 || i == share.begin;  // to read this block
-    if (width == PANEL) tiles<2>(p, first, last, x, r, is_first, y);
-    else tiles<1>(p, first, last, x, r, is_first, y);
+    Operands operands{(const uint32_t*)p.weight, (const uint32_t*)x, words, 0, at % groups == 0 || i == share.begin};
+#if defined(UNIAD_BF16)
+    if constexpr (Mode::PAIR == 2) {
+      uint32_t* panel_room = room + std::max(CACHED<Mode> / 2, NARROW_TILE * words);
+      if (paired != at / groups) {
+        pair_weights(p.weight + base * p.ins, std::min(p.outs, base + block) - base, p.ins, room);
+        paired = at / groups;
+      }
+      pair_panel(x, p.ins, width, panel_room);
+      operands = {room, panel_room, words, base, false};
+    }
+#endif
+    (void)paired;
+    if (width == PANEL) tiles<Mode, 2>(p, first, last, operands, r, y);
+    else tiles<Mode, 1>(p, first, last, operands, r, y);
     i += to - from;
   }
 }

@@ -60,8 +60,10 @@ struct Buffers {
   float *out, *out_placed;          // the previous decoder layer's
   float *projected, *attended, *hidden, *ends;
   float* weights;  // of attention, a part for each thread
+  uint32_t* pairs; // of products of bfloat16, likewise
+  int64_t pair_words;
 
-  Buffers(Scratch& scratch, const Sizes& s, int64_t together, int64_t threads) {
+  Buffers(Scratch& scratch, const Sizes& s, int64_t together, int64_t threads, bool in_bfloat16) {
     const Tokens n{s.tokens};
     const auto take = [&](int64_t channels, int64_t sequences) {
       return scratch.take<float>(channels * sequences * n.padded());
@@ -73,6 +75,8 @@ struct Buffers {
     hidden = take(s.hidden, together);
     ends = take(s.channels, together);
     weights = scratch.take<float>(threads * s.tokens * PANEL);
+    pair_words = in_bfloat16 ? pair_room<Brain>(std::max({s.width, s.hidden, s.channels})) : 0;
+    pairs = scratch.take<uint32_t>(threads * pair_words);
   }
 };
 
@@ -181,7 +185,12 @@ class Network {
   }
 
   void run_product(const Product& p, Panels in, Panels out) {
-    phase([&](int64_t thread, int64_t threads) { multiply_panels(p, batch_, n_, in, out, thread, threads); });
+    phase([&](int64_t thread, int64_t threads) {
+      if (b_.pair_words)
+        multiply_panels<Brain>(p, batch_, n_, in, out, thread, threads, b_.pairs + thread * b_.pair_words);
+      else
+        multiply_panels<Single>(p, batch_, n_, in, out, thread, threads, nullptr);
+    });
   }
 
   // to = from + position.
@@ -274,17 +283,21 @@ extern "C" {
 
 int64_t uniad_panel() { return uniad::PANEL; }
 
+// Whether products can take pairs of bfloat16.
+int64_t uniad_has_pairs() { return uniad::Brain::PAIR == 2; }
+
 // tensors: a network as an array of words, in the order of the structures above: encoder layers, decoder layers, the
-// last norm, the projections of input and output. strides: (batch, token, channel) of `in` and of `out`.
+// last norm, the projections of input and output. strides: (batch, token, channel) of `in` and of `out`. in_bfloat16:
+// operands of the linear layers' products are rounded to it; all else is float32.
 void uniad_reconstruct(
     const uniad::Sizes* s, const void* const* network, const float* position, const float* in, float* out,
-    const int64_t* strides) {
+    const int64_t* strides, int64_t in_bfloat16) {
   using namespace uniad;
   // So many sequences at a time that what they leave between two products stays in the last-level cache.
   const int64_t one = Tokens{s->tokens}.padded() * (11 * s->width + s->hidden + s->channels) * (int64_t)sizeof(float);
   const int64_t together = std::clamp<int64_t>(TOGETHER / std::max<int64_t>(one, 1), 1, s->batch);
   Scratch scratch;
-  const Buffers buffers(scratch, *s, together, at::get_num_threads());
+  const Buffers buffers(scratch, *s, together, at::get_num_threads(), in_bfloat16);
   const auto* encoder = (const EncoderLayer*)network;
   const auto* decoder = (const DecoderLayer*)(encoder + s->encoder_layers);
   const auto* norm = (const Norm*)(decoder + s->decoder_layers);

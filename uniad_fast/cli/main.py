@@ -55,7 +55,8 @@ app.add_typer(data_app, name="data")
 def doctor() -> None:
     """Say what runs on this machine, and what does not and why."""
     lines, sound = diagnose()
-    say("\n".join(lines + remembered()))
+    say("\n".join(lines))
+    say("\n".join(remembered()))
     raise typer.Exit(0 if sound else ERROR)
 
 

@@ -1,7 +1,9 @@
 """uniad-fast serve: a detector that stays up."""
 
 import logging
+import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,8 @@ import typer
 from ..detect.detector import AnomalyDetector
 from ..errors import UniadFastError
 from ..packages import require
+from ..printable import printable
+from ..signals import stop_if_asked
 from .options import EngineName, EnginePrecision, say
 
 
@@ -36,33 +40,65 @@ def serve(
     require("fastapi", "uvicorn", "prometheus_client", "multipart")
     import uvicorn
 
-    from ..deploy.engines import use_engine
+    from ..data.images import allow_pixels
     from ..deploy.service import Limits, Service
     from ..deploy.service_app import LOOPBACK, create_app
 
     token = _token(token_file)
     if token is None and host not in LOOPBACK:
         raise UniadFastError(f"whoever reaches {host} could use it: give --token-file, or listen at 127.0.0.1")
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s", force=True)
-    for name in ("uvicorn", "uvicorn.error"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-    def prepare(detector: AnomalyDetector) -> None:
-        # Nothing is measured anew while somebody waits: an engine that was not measured yet is PyTorch.
-        use_engine(detector, engine, batch=batch_size, precision=engine_precision)
-
+    allow_pixels(max(max_pixels, 178_956_970))  # what has more is refused by its header
     limits = Limits(
         batch=batch_size, wait=wait, queue=queue, body=max_body, bodies=max(8 * max_body, 2**26), pixels=max_pixels,
         seconds=timeout,
     )  # fmt: skip
-    service = Service(bundle, limits, prepare)
+    _log_to_stdout()
+    service = Service(bundle, limits, partial(_prepare, [], engine, batch_size, engine_precision))
     app = create_app(service, token, [*LOOPBACK, "[::1]"] if host in LOOPBACK else None)
-    say(f"listening at http://{host}:{port}, with a page to drop images on", err=True)
+    stop_if_asked()
+    bound = _listening(host, port)
+    at = f"[{host}]" if ":" in host else host
+    say(f"listening at http://{at}:{bound.getsockname()[1]}, with a page to drop images on", err=True)
     config = uvicorn.Config(
-        app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=int(timeout) + 1,
-        timeout_keep_alive=10, backlog=512, server_header=False,
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=int(timeout) + 1, timeout_keep_alive=10,
+        backlog=512, server_header=False,
     )  # fmt: skip
-    uvicorn.Server(config).run()
+    uvicorn.Server(config).run(sockets=[bound])
+
+
+def _log_to_stdout() -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s", force=True)
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _prepare(
+    before: list[AnomalyDetector], engine: str, batch_size: int, precision: str, detector: AnomalyDetector
+) -> None:
+    """Set a detector's engine. Of all but the first, one that can't be set is only logged: somebody waits."""
+    from ..deploy.engines import use_engine
+    from ..deploy.service import log
+
+    try:
+        use_engine(detector, engine, batch=batch_size, precision=precision)
+    except UniadFastError as error:
+        if not before:
+            raise
+        log("engine not used", reason=printable(error))
+    before[:] = [detector]
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Bound before anything is said of it: an address that is taken is an error like any other."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise UniadFastError(f"{host}, port {port}: {error.strerror or error}") from None
+    return found
 
 
 def _token(path: Path | None) -> str | None:

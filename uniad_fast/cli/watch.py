@@ -1,5 +1,6 @@
 """uniad-fast watch: a folder that fills."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -39,12 +40,26 @@ def watch(
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder")
     check_folder(output)
+    command = _command(on_defect)
     detector = AnomalyDetector.load(bundle, device)
     if not detector.is_calibrated:
         raise UniadFastError(f"{bundle} has no threshold: set one first with uniad-fast calibrate")
     use_engine(detector, engine, batch=batch_size)
-    options = WatchOptions(settle, batch_size, heat_maps, on_defect, poll)
+    options = WatchOptions(settle, batch_size, heat_maps, command, poll)
     say(f"watching {folder}; rows go to {output / 'scores.jsonl'} and {output / 'scores.csv'}", err=True)
     count = run(detector, folder, output, options, say)
     say(f"{count} images scored", err=True)
     stop_if_asked()
+
+
+def _command(text: str | None) -> tuple[str, ...]:
+    """Program and arguments, before anything is watched."""
+    if text is None:
+        return ()
+    try:
+        parts = tuple(shlex.split(text))
+    except ValueError as error:
+        raise UniadFastError(f"--on-defect {text!r} can't be understood: {error}") from None
+    if not parts:
+        raise UniadFastError("--on-defect names no program")
+    return parts

@@ -4,12 +4,14 @@ A folder a detector, in the user's cache: `network.onnx` and `features.onnx` wit
 a table of measurements for each machine (processor, threads, versions) that has measured.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import shutil
 from collections.abc import Iterator
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..data.feature_cache import default_cache_dir
+from ..data.feature_cache import CacheError, default_cache_dir
 from ..detect.detector import AnomalyDetector
 from ..files import atomic_path, locked, sha256_of_file
 from ..state_dicts import hash_of_state_dict
@@ -40,10 +42,27 @@ class EngineFiles:
     """
 
     def __init__(self, detector: AnomalyDetector, cache_dir: str | os.PathLike | None = None) -> None:
+        self._detector, self._cache_dir = detector, cache_dir
         self._pipeline = detector.pipeline
-        weights = hash_of_state_dict(self._pipeline.state_dict())
-        self.key = hashlib.sha256(f"{weights} {self._pipeline.precision}".encode()).hexdigest()[:32]
-        self.folder = _home(cache_dir) / self.key
+
+    @cached_property
+    def folder(self) -> Path:
+        """Named after all that a graph hangs on: tensors, what leaves no trace in them, and what writes graphs.
+
+        Raises:
+            CacheError: there is no home folder to keep it in.
+        """
+        state = {name: tensor for name, tensor in self._pipeline.state_dict().items() if name != "roi"}
+        settings = self._detector.settings.to_json()
+        told: dict[str, Any] = {
+            name: settings[name] for name in ("backbone", "image_size", "architecture", "recipe", "residual_score")
+        }
+        backbone = self._pipeline.backbone
+        told["levels"] = [backbone.out_indices, backbone.stride, backbone.padded_for]
+        told["sizes"] = [self._pipeline.image_size, self._pipeline.model.feature_size, self._pipeline.precision]
+        told["versions"] = {name: _version(name) for name in ("torch", "onnx", "onnxscript")} | {"own": __version__}
+        text = f"{hash_of_state_dict(state)} {json.dumps(told, sort_keys=True, default=str)}"
+        return _home(self._cache_dir) / hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def graph(self, part: str) -> Path:
         """The ONNX file of a part of `PARTS`, `images` -> "tokens" and, of "network", "residual"."""
@@ -55,17 +74,22 @@ class EngineFiles:
                     self._write_graphs()
         return target
 
-    def table(self) -> list[dict[str, Any]] | None:
-        """What `remember` was given on this machine; None where that is nothing, or can't be read."""
-        return _read(self._table_file())
+    def table(self) -> list[dict[str, Any]]:
+        """What `remember` was given on this machine; nothing where that can't be read."""
+        try:
+            return _read(self._table_file())
+        except CacheError:
+            return []
 
     def remember(self, rows: list[dict[str, Any]]) -> None:
-        """Keep these rows for this machine as it is."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self._table_file()) as partial:
-            content = {"machine": machine(), "rows": rows, "backbone": self._pipeline.backbone.name}
-            partial.write_text(json.dumps(content | {"size": self._pipeline.image_size}, indent=2) + "\n")
-        _forget_oldest(self.folder.parent)
+        """Keep these rows for this machine as it is, if there is a place for them."""
+        content: dict[str, Any] = {"machine": machine(), "rows": rows, "backbone": self._pipeline.backbone.name}
+        content["size"] = self._pipeline.image_size
+        with contextlib.suppress(OSError, CacheError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_path(self._table_file()) as partial:
+                partial.write_text(json.dumps(content, indent=2) + "\n")
+            _forget_oldest(self.folder.parent, self.folder)
 
     def _table_file(self) -> Path:
         return self.folder / f"table-{_id_of_machine()}.json"
@@ -74,7 +98,7 @@ class EngineFiles:
         try:
             sums = json.loads((self.folder / _SUMS).read_text())
             return bool(sums[path.name] == sha256_of_file(path))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
     def _write_graphs(self) -> None:
@@ -96,11 +120,14 @@ class EngineFiles:
             partial.write_text(json.dumps(sums))
 
 
-def all_tables(cache_dir: str | os.PathLike | None = None) -> Iterator[dict[str, Any]]:
-    """What all detectors remember of this machine as it is: {"backbone", "size", "rows"}, see `remember`."""
-    for path in sorted(_home(cache_dir).glob(f"*/table-{_id_of_machine()}.json")):
-        if _read(path) is not None:
-            yield json.loads(path.read_text())
+def all_tables(cache_dir: str | os.PathLike | None = None) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """What all detectors remember of this machine as it is: (words about the detector, rows)."""
+    with contextlib.suppress(OSError, CacheError):
+        for path in sorted(_home(cache_dir).glob(f"*/table-{_id_of_machine()}.json")):
+            if rows := _read(path):
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    content = json.loads(path.read_text())
+                    yield f"{content['backbone']} at {content['size']} pixels", rows
 
 
 def machine() -> dict[str, Any]:
@@ -109,16 +136,16 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "uniad_fast": __version__,
-        **{name: _version(name) for name in ("torch", "onnxruntime", "openvino")},
+        **{name: _version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime", "openvino")},
     }
 
 
-def _read(path: Path) -> list[dict[str, Any]] | None:
+def _read(path: Path) -> list[dict[str, Any]]:
     try:
         rows = json.loads(path.read_text())["rows"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else None
+        return []
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def _id_of_machine() -> str:
@@ -145,8 +172,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _forget_oldest(home: Path) -> None:
+def _forget_oldest(home: Path, but: Path) -> None:
     """Leave the folders that were measured last."""
-    folders = [path for path in home.iterdir() if path.is_dir()]
-    for path in sorted(folders, key=lambda path: path.stat().st_mtime)[:-_KEPT]:
+    folders = [path for path in home.iterdir() if path.is_dir() and path != but]
+    for path in sorted(folders, key=lambda path: path.stat().st_mtime)[: -(_KEPT - 1)]:
         shutil.rmtree(path, ignore_errors=True)

@@ -4,6 +4,7 @@ Every file takes images [batch, 3, height, width] of any size, uint8, or float i
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -107,8 +108,11 @@ def _check_choices(trained: Trained, path: Path, format: str, precision: str, im
 def hash_of(trained: Trained) -> str:
     """Of a calibrated detector: of all that its verdicts hang on."""
     assert trained.calibration is not None
-    weights = hash_of_state_dict(trained.pipeline.state_dict())
-    choices = json.dumps([trained.settings.to_json(), trained.calibration.to_json(), trained.names], default=str)
+    # No score map hangs on where the detector looks.
+    state = {name: tensor for name, tensor in trained.pipeline.state_dict().items() if name != "roi"}
+    weights, backbone = hash_of_state_dict(state), trained.pipeline.backbone
+    settings = dataclasses.replace(trained.settings, out_indices=backbone.out_indices, stride=backbone.stride)
+    choices = json.dumps([settings.to_json(), trained.calibration.to_json(), trained.names], default=str)
     return hashlib.sha256(f"{weights}{choices}".encode()).hexdigest()
 
 

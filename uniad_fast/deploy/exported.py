@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -113,9 +114,12 @@ def _load_openvino(path: Path, threads: int | None) -> ExportedDetector:
     except RuntimeError as error:
         raise _damaged(path, error) from None
 
+    lock = threading.Lock()
+
     def run(images: NDArray) -> list[NDArray]:
-        found = request.infer({"images": images})
-        return [np.array(found[name]) for name in OUTPUTS]  # its memory is used again by the next call
+        with lock:  # its memory is used again by the next call
+            found = request.infer({"images": images})
+            return [np.array(found[name]) for name in OUTPUTS]
 
     return ExportedDetector("openvino", metadata, run)
 

@@ -59,6 +59,7 @@ class MicroBatches:
         self.detector = detector
         self._most, self._wait, self._report = most, wait, report
         self._queue: queue.Queue[_Waiting | None] = queue.Queue(waiting)
+        self._lock, self._stopped = threading.Lock(), False
         self._thread = threading.Thread(target=self._run, name="micro-batches", daemon=True)
         self._thread.start()
 
@@ -77,10 +78,13 @@ class MicroBatches:
             QueueFull: too many wait.
         """
         done: Future[Scored] = Future()
-        try:
-            self._queue.put_nowait(_Waiting(image, size, class_name, done))
-        except queue.Full:
-            raise QueueFull(f"{self._queue.maxsize} images are waiting already") from None
+        with self._lock:
+            if self._stopped:
+                raise QueueFull("nothing is measured any more")
+            try:
+                self._queue.put_nowait(_Waiting(image, size, class_name, done))
+            except queue.Full:
+                raise QueueFull(f"{self._queue.maxsize} images are waiting already") from None
         return done
 
     def exchange(self, detector: AnomalyDetector) -> None:
@@ -96,6 +100,8 @@ class MicroBatches:
 
     def stop(self) -> None:
         """Measure what waits, and end the thread."""
+        with self._lock:
+            self._stopped = True
         self._queue.put(None)
         self._thread.join()
 
@@ -136,6 +142,9 @@ class MicroBatches:
         if not known:
             return
         self._report(len(known))
+        self._measure_known(known, detector)
+
+    def _measure_known(self, known: list[tuple[_Waiting, int | None]], detector: AnomalyDetector) -> None:
         try:
             _, score_maps, fields = detector.measure(
                 torch.stack([one.image for one, _ in known]), [told for _, told in known]
@@ -143,8 +152,10 @@ class MicroBatches:
             maps = detector.pipeline.enlarge(score_maps)
             found = detector.judge(maps, fields, sizes=[one.size for one, _ in known])
         except Exception as error:  # whoever waits has to be told, whatever it is
-            for one, _ in known:
-                one.done.set_exception(error)
+            if len(known) == 1:
+                known[0][0].done.set_exception(error)
+            for one, told in known if len(known) > 1 else ():  # it may be one image's own fault
+                self._measure_known([(one, told)], detector)
             return
         for (one, _), prediction in zip(known, found, strict=True):
             one.done.set_result(Scored(prediction, detector))

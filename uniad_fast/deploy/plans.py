@@ -1,6 +1,7 @@
 """Ways to measure images on this machine's processor: which engine runs how much of a detector, in which precision."""
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,12 +70,12 @@ def _run_of(plan: Plan, path: Path) -> Callable[[Tensor], list[Tensor]]:
         session = onnxruntime_session(path, threads)
         return lambda images: [torch.from_numpy(one) for one in session.run(None, {"images": images.numpy()})]
     request = openvino_request(openvino_model(path), threads, plan.precision)
-    count = len(request.model_outputs)
+    count, lock = len(request.model_outputs), threading.Lock()
 
     def run(images: Tensor) -> list[Tensor]:
-        request.infer({"images": images.contiguous().numpy()}, share_inputs=True)
-        # Its memory is used again by the next call.
-        return [torch.from_numpy(np.array(request.get_output_tensor(k).data, np.float32)) for k in range(count)]
+        with lock:  # its memory is used again by the next call
+            request.infer({"images": images.contiguous().numpy()}, share_inputs=True)
+            return [torch.from_numpy(np.array(request.get_output_tensor(k).data, np.float32)) for k in range(count)]
 
     return run
 

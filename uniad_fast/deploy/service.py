@@ -15,15 +15,16 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import HTTPException, Request
 from PIL import Image
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
+from torch import Tensor
 
-from ..data.images import UnreadableImage, decode, pixels_of, to_tensor
+from ..data.images import decode, pixels_of, to_tensor
 from ..detect.detector import AnomalyDetector
 from ..detect.heatmap import heat_map
 from ..errors import UniadFastError
@@ -35,6 +36,7 @@ from .service_schema import ImageResult, RegionResult, Results
 _LOG = logging.getLogger("uniad_fast.service")
 RAW = "application/octet-stream"
 _TOO_MANY = {"Retry-After": "1"}
+_PICTURES = 2  # of the largest, which may be decoded at a time
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Service:
         )
         self.pool = ThreadPoolExecutor(thread_name_prefix="decode")
         self.metrics.waiting.set_function(lambda: self.batches.waiting)
-        self.bytes_held = 0
+        self.bytes_held = self.pixels_held = 0
         self.accepts = True
 
     def _loaded(self) -> AnomalyDetector:
@@ -168,40 +170,68 @@ class Service:
     ) -> ImageResult:
         loop = asyncio.get_running_loop()
         side = self.batches.detector.settings.image_size
+        pixels = self._let_in(name, content)
         try:
-            picture = await loop.run_in_executor(self.pool, self._decoded, name, content)
-            tensor = await loop.run_in_executor(self.pool, to_tensor, picture, side)
-            size = (picture.height, picture.width)
-            scored = await asyncio.wrap_future(self.batches.submit(tensor, size, class_name))
+            read = await loop.run_in_executor(self.pool, _decoded, name, content, side, with_map)
+            scored = await asyncio.wrap_future(self.batches.submit(read.tensor, read.size, class_name))
         except QueueFull as error:
             raise HTTPException(429, str(error), _TOO_MANY) from None
         except UnknownClass as error:
             raise HTTPException(404, str(error)) from None
         except UniadFastError as error:
             raise HTTPException(422, str(error)) from None
+        finally:
+            self.pixels_held -= pixels
         prediction = scored.prediction
         if not math.isfinite(prediction.score):
             raise HTTPException(422, f"{printable(name)}: its score is {prediction.score}")
         self.metrics.judged(prediction)
-        drawn = await loop.run_in_executor(self.pool, _drawn, picture, scored) if with_map else None
+        drawn = None
+        if read.picture is not None:
+            drawn = await loop.run_in_executor(self.pool, _drawn, read.picture, scored)
         return ImageResult(
-            image=name,
+            image=name.encode("utf-8", "backslashreplace").decode(),  # half a character is no JSON
             **{"class": prediction.class_name},
             score=prediction.score,
             label=int(bool(prediction.label)),
             threshold=scored.detector.calibration.threshold.value,
             heat_map=drawn,
             regions=[RegionResult(**one.to_json()) for one in prediction.regions] if regions else None,
+            note=read.note,
         )
 
-    def _decoded(self, name: str, content: bytes) -> Image.Image:
+    def _let_in(self, name: str, content: bytes) -> int:
+        """The pixels of an image by its header, which are counted until it is measured.
+
+        Raises:
+            HTTPException: it is empty, or has too many, or all that are being read together have.
+        """
         if not content:
-            raise UnreadableImage(f"{printable(name)}: it is empty")
-        if (pixels := pixels_of(content)) > self.limits.pixels:
+            raise HTTPException(422, f"{printable(name)}: it is empty")
+        pixels = pixels_of(content)
+        if pixels > self.limits.pixels:
             raise HTTPException(
                 413, f"{printable(name)}: it has {pixels} pixels, and {self.limits.pixels} are the most"
             )
-        return decode(content, name)
+        if self.pixels_held and self.pixels_held + pixels > _PICTURES * self.limits.pixels:
+            raise HTTPException(429, "too many pixels are being read already", _TOO_MANY)
+        self.pixels_held += pixels
+        return pixels
+
+
+class _Read(NamedTuple):
+    """An image for the detector: [3, S, S], its (height, width), the picture where it is to be drawn on, a remark."""
+
+    tensor: Tensor
+    size: tuple[int, int]
+    picture: Image.Image | None
+    note: str | None
+
+
+def _decoded(name: str, content: bytes, side: int, keep: bool) -> _Read:
+    picture = decode(content, name)
+    size = (picture.height, picture.width)
+    return _Read(to_tensor(picture, side), size, picture if keep else None, picture.info.get("note"))
 
 
 async def _images_of(request: Request, body: bytes, most: int) -> list[tuple[str, bytes]]:

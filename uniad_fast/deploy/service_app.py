@@ -14,9 +14,11 @@ from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from ..printable import printable
 from .service import RAW, Service, log
 from .service_schema import Problem, Results
 
+_OPEN = ("/", "/healthz", "/readyz")  # without a token: a page that asks for it, and whether the process is well
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -52,15 +54,20 @@ async def _watch(
     """Ask for the token, count, time and log."""
     began = time.perf_counter()
     given = request.headers.get("authorization", "")
-    is_open = token is None or request.url.path in ("/healthz", "/readyz")
+    path = request.scope["path"]  # a URL would be made of what the client calls the host
+    is_open = token is None or path in _OPEN
     if is_open or hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-        response = await call_next(request)
+        try:
+            response = await call_next(request)
+        except Exception as error:  # counted and logged as any other answer
+            log("fault", path=path, error=f"{type(error).__name__}: {printable(error)}")
+            response = JSONResponse({"detail": "a fault of this service, which its log describes"}, 500)
     else:
         wanted = {"WWW-Authenticate": "Bearer"}
         response = JSONResponse({"detail": "this service wants a token"}, 401, wanted)
     seconds = time.perf_counter() - began
     service.metrics.requests.labels(status=str(response.status_code)).inc()
-    if request.url.path == "/score":
+    if path == "/score":
         service.metrics.latency.observe(seconds)
         log("request", path="/score", status=response.status_code, ms=round(seconds * 1000, 1))
     return response

@@ -25,6 +25,7 @@ class ImageResult(BaseModel):
     threshold: float
     heat_map: str | None = Field(None, description="with map=png: a PNG of the image under its map, in base64")
     regions: list[RegionResult] | None = Field(None, description="with regions=1")
+    note: str | None = Field(None, description="what of the image was not seen quite as it is")
 
 
 class Results(BaseModel):

@@ -2,12 +2,12 @@
 
 import math
 import os
-import shlex
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +15,12 @@ from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
 from watchdog.observers.polling import PollingObserver
 
-from ..data.image_files import EXTENSIONS, list_images
+from ..data.image_files import EXTENSIONS, find_images
 from ..detect.detector import AnomalyDetector
 from ..detect.picture import draw_picture
 from ..detect.results import write_png
 from ..detect.score_files import score_files
+from ..errors import UniadFastError
 from ..printable import printable
 from ..signals import asked_to_stop
 from .journal import Journal
@@ -27,6 +28,7 @@ from .journal import Journal
 FIELDS = ("image", "class", "score", "label", "threshold", "heat_map", "regions", "bytes", "modified", "error")
 _EVERY = 0.1  # seconds between two looks
 _COMMAND_SECONDS = 60
+_TRIES = 5  # to read a file that the system does not give
 _LOOK_AROUND = 60.0  # seconds between two looks at the whole folder
 
 
@@ -63,16 +65,21 @@ class WatchOptions:
     settle: float = 1.0
     batch: int = 16
     heat_maps: bool = True
-    on_defect: str | None = None
+    on_defect: tuple[str, ...] = ()
     poll: bool = False
 
 
-@dataclass(eq=False)
 class _Arriving(FileSystemEventHandler):
-    """Images that were seen and are not scored yet: {path: (state when last looked at, since when)}."""
+    """Images below a folder that were seen and are not scored yet, in the order in which they were.
 
-    files: dict[Path, tuple[State, float]] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    Args:
+        without: a folder that is not looked into.
+    """
+
+    def __init__(self, folder: Path, without: Path) -> None:
+        self._folder, self._without = folder, without
+        self._files: dict[Path, tuple[State, float]] = {}  # state when last looked at, since when
+        self._lock = threading.Lock()
 
     def on_any_event(self, event: FileSystemEvent) -> None:
         if event.is_directory or event.event_type in ("deleted", "opened", "closed_no_write"):
@@ -81,25 +88,33 @@ class _Arriving(FileSystemEventHandler):
             if name:
                 self.seen(Path(os.fsdecode(name)))
 
-    def seen(self, path: Path) -> None:
-        """Something happened to this file."""
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
-            with self.lock:
-                self.files.setdefault(path, (State(-1, -1), time.monotonic()))
+    def seen(self, path: Path, after: float = 0.0) -> None:
+        """Something happened to this file; it is not looked at before so many seconds are over."""
+        inside = path.relative_to(self._folder)
+        is_hidden = any(part.startswith(".") for part in inside.parts)
+        if path.suffix.lower() in EXTENSIONS and not is_hidden and self._without not in path.absolute().parents:
+            with self._lock:
+                self._files.setdefault(path, (State(-1, -1), time.monotonic() + after))
 
     def complete(self, settle: float, most: int) -> list[tuple[Path, State]]:
         """Some that have not changed for so many seconds; they are forgotten here."""
         ready: list[tuple[Path, State]] = []
-        with self.lock:
-            for path, (before, since) in sorted(self.files.items()):
-                state = _state(path)
+        with self._lock:
+            waiting = list(self._files.items())
+        for path, (before, since) in waiting:
+            if len(ready) >= most:
+                break
+            if time.monotonic() < since:
+                continue
+            state = _state(path)
+            with self._lock:
                 if state == _GONE:
-                    del self.files[path]
+                    del self._files[path]
                 elif state != before:
-                    self.files[path] = (state, time.monotonic())
-                elif time.monotonic() - since >= settle and state.size and len(ready) < most:
+                    self._files[path] = (state, time.monotonic())
+                elif time.monotonic() - since >= settle and state.size:
                     ready.append((path, state))
-                    del self.files[path]
+                    del self._files[path]
         return ready
 
 
@@ -121,33 +136,38 @@ def watch(
         How many images were scored.
 
     Raises:
-        UniadFastError: another process watches into `output`.
+        UniadFastError: another process watches into `output`, or that holds the folder.
     """
+    folder, inside = folder.absolute(), output.absolute()
+    if inside == folder or inside in folder.parents:
+        raise UniadFastError(f"{output} holds {folder}: write to a folder in it, or elsewhere")
     journal = Journal(output, FIELDS)
     known = {(row.get("image"), row.get("bytes"), row.get("modified")) for row in journal.rows}
-    arriving = _Arriving()
+    journal.rows.clear()
+    arriving, tries = _Arriving(folder, inside), Counter[Path]()
     observer = (PollingObserver if options.poll else Observer)()
     observer.schedule(arriving, str(folder), recursive=True)
     observer.start()
-    scored = 0
+    scored, look = 0, 0.0
     try:
-        inside, look = output.resolve(), 0.0
         while not asked_to_stop():
             if time.monotonic() >= look:  # events can be lost, where there are too many at once
-                for path in list_images(folder):
+                for path in find_images(folder, inside).images:
                     if (str(path), *_state(path)) not in known:
                         arriving.seen(path)
                 look = time.monotonic() + _LOOK_AROUND
             ready = arriving.complete(options.settle, options.batch)
-            new = [
-                (path, state)
-                for path, state in ready
-                if (str(path), *state) not in known and inside not in path.resolve().parents
-            ]
+            new = [(path, state) for path, state in ready if (str(path), *state) not in known]
             if not new:
                 time.sleep(_EVERY)
                 continue
-            for row in _rows(detector, new, output, folder, options):
+            for row in _rows(detector, new, output, folder, options, say):
+                path = Path(row["image"])
+                tries[path] += 1
+                if row.get("error") and not os.access(path, os.R_OK) and tries[path] < _TRIES:
+                    arriving.seen(path, after=tries[path] * 2.0)  # it may be given to us yet
+                    continue
+                del tries[path]
                 journal.add(row)
                 known.add((row["image"], row["bytes"], row["modified"]))
                 scored += 1
@@ -160,7 +180,12 @@ def watch(
 
 
 def _rows(
-    detector: AnomalyDetector, new: list[tuple[Path, State]], output: Path, folder: Path, options: WatchOptions
+    detector: AnomalyDetector,
+    new: list[tuple[Path, State]],
+    output: Path,
+    folder: Path,
+    options: WatchOptions,
+    say: Callable[[str], object],
 ) -> list[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
     threshold = detector.calibration.threshold.value
@@ -169,6 +194,8 @@ def _rows(
         detector, [path for path, _ in new], batch_size=options.batch, keep_pictures=options.heat_maps, quiet=True
     ):
         failed += batch.unreadable
+        for note in batch.notes:
+            say(f"note: {note}")
         for image in batch.images:
             prediction = image.prediction
             if not math.isfinite(prediction.score):
@@ -176,9 +203,11 @@ def _rows(
                 continue
             drawn = None
             if image.picture is not None:
-                target = output / "heatmaps" / image.path.relative_to(folder).with_suffix(".png")
-                picture = draw_picture(image.picture, prediction, detector.calibration)
-                drawn = str(write_png(picture, target))
+                try:
+                    picture = draw_picture(image.picture, prediction, detector.calibration)
+                    drawn = str(write_png(picture, output / "heatmaps" / _name_of(image.path.relative_to(folder))))
+                except (OSError, MemoryError) as problem:  # which costs no verdict
+                    say(f"not drawn: {printable(image.path)}: {printable(problem)}")
             rows[image.number] = {
                 "class": prediction.class_name,
                 "score": prediction.score,
@@ -197,14 +226,19 @@ def _rows(
     return found
 
 
+def _name_of(inside: Path) -> Path:
+    """Of an image's picture: its own, with .png after another suffix, so that a.png and a.jpg have one each."""
+    return inside if inside.suffix == ".png" else inside.with_name(f"{inside.name}.png")
+
+
 def _tell(row: dict[str, Any], options: WatchOptions, say: Callable[[str], object]) -> None:
     name = printable(row["image"])
     if row.get("error"):
         say(f"left out: {name}: {row['error']}")
         return
     say(f"{row['score']:10.4f}  {'DEFECTIVE' if row['label'] else 'good':9}  {printable(row['class'] or '?')}  {name}")
-    if row["label"] and options.on_defect is not None:
-        command = [*shlex.split(options.on_defect), row["image"], f"{row['score']:.6g}"]
+    if row["label"] and options.on_defect:
+        command = [*options.on_defect, row["image"], f"{row['score']:.6g}"]
         try:
             done = subprocess.run(command, timeout=_COMMAND_SECONDS, stdin=subprocess.DEVNULL)
             problem = f"it ended with {done.returncode}" if done.returncode else None

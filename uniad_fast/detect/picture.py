@@ -2,7 +2,7 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from ..printable import printable
 from .calibration import Calibration
@@ -15,6 +15,7 @@ _DEFECTIVE, _GOOD = (255, 176, 0), (100, 143, 255)  # orange and blue, which eve
 _LEAST_TEXT, _MOST_TEXT = 12, 64  # pixels
 _ROWS_A_LINE = 32  # of the image, for one of text
 _LARGE = 16_000_000  # pixels
+_MOST_LETTERS = 200
 
 
 def draw_picture(
@@ -39,7 +40,7 @@ def draw_picture(
     font = ImageFont.load_default(text)
     top, gap, bar = 2 * text, text // 2, 5 * text
     caption, color = _caption(prediction, limit)
-    asked = int(font.getlength(caption)) + 2 * gap
+    asked = int(font.getlength(caption[:_MOST_LETTERS])) + 2 * gap
     both = image.width * image.height <= _LARGE
     width = max((1 + both) * (image.width + gap) + gap + bar, min(asked, 40 * text))
     canvas = Image.new("RGB", (width, top + image.height + gap), _BACKGROUND)
@@ -84,6 +85,7 @@ def _caption(prediction: Prediction, limit: float) -> tuple[str, tuple[int, int,
 
 def _fitting(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
     """As much of it as there is room for."""
+    caption = caption[: _MOST_LETTERS + 1]
     while font.getlength(caption) > width and len(caption) > 1:
         caption = caption[:-2] + "…"
     return caption
@@ -104,11 +106,19 @@ def _paste_edge(
     """The inner border of what is white in a mask, so many pixels wide, for masks that lie at these corners."""
     if (box := mask.getbbox()) is None:
         return
-    part = mask.crop(box)
-    grown = Image.new("L", (part.width + 2 * line, part.height + 2 * line))
-    grown.paste(part, (line, line))  # the picture's own border is a border too
-    inner = grown.filter(ImageFilter.MinFilter(2 * line + 1)).crop((line, line, line + part.width, line + part.height))
-    edge = ImageChops.subtract(part, inner)
+    part = np.asarray(mask.crop(box)) > 0
+    inner = np.zeros_like(part)  # the picture's own border is a border too
+    if min(part.shape) > 2 * line:
+        middle = slice(line, -line)
+        inner[middle, middle] = part[middle, middle]
+        for rows, cols in (
+            (slice(None, -2 * line), middle),
+            (slice(2 * line, None), middle),
+            (middle, slice(None, -2 * line)),
+            (middle, slice(2 * line, None)),
+        ):
+            inner[middle, middle] &= part[rows, cols]
+    edge = Image.fromarray(np.where(part & ~inner, 255, 0).astype(np.uint8))
     for left, top in corners:
         canvas.paste(color, (left + box[0], top + box[1]), edge)
 

@@ -18,11 +18,14 @@ EACH = 3
 
 
 def draw_results(
-    detector: AnomalyDetector, evaluation: Evaluation, directory: str | os.PathLike
+    detector: AnomalyDetector, evaluation: Evaluation, directory: str | os.PathLike, class_from_data: bool = False
 ) -> tuple[list[Path], list[str]]:
     """Draw CLASS/false-alarm-1.png, miss-1.png and hit-1.png to hit-3.png into a folder, the worst, or best, first.
 
     The true mask is drawn where there is one. Of a detector with a threshold.
+
+    Args:
+        class_from_data: as `evaluate` was told.
 
     Returns:
         Files, and a message for each picture that could not be made.
@@ -36,7 +39,8 @@ def draw_results(
             mask = None
             if sample.mask is not None:
                 mask = read_mask(sample.mask, max(image.size), sample.path)
-            prediction = detector.predict(sample.path)
+            told = sample.class_name if class_from_data and sample.class_name in detector.classes else None
+            prediction = detector.predict(sample.path, told)
             files.append(write_png(draw_picture(image, prediction, detector.calibration, mask=mask), target))
         except (UnreadableImage, OSError, MemoryError) as error:
             problems.append(f"{printable(sample.path)}: no picture ({printable(error)})")

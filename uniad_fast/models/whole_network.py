@@ -1,4 +1,5 @@
-"""A UniAD's forward pass in evaluation as one call of a C++ kernel, on a CPU in float32.
+"""A UniAD's forward pass in evaluation as one call of a C++ kernel, on a CPU in float32, or under autocast with the
+operands of its linear layers in bfloat16 and all else in float32.
 
 The kernel reads the parameters where they lie and keeps no copy of them, so that whatever changes them counts. It does
 the work of all modules at once, which nobody may notice: as soon as one of them is not just what this package made it,
@@ -15,13 +16,15 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..ops.dispatch import choose_impl
 from ..ops.geometry import Window, hidden_keys
 from ..ops.tracing import is_traced
-from ..ops.whole_network import panel
+from ..ops.whole_network import has_bfloat16, panel
 from ..ops.whole_network import reconstruct as run_whole_network
 from .attention import NeighborMaskedAttention
 from .layers import DecoderLayer, EncoderLayer, Layer
 from .submodules import is_plain
 from .transformer import Decoder, Encoder, Transformer
 
+# Tokens of a batch up to which one call is faster in bfloat16; beyond, oneDNN's products are.
+_MOST_IN_BFLOAT16 = 2048
 _MOST_TOKENS = 4096  # beyond, the mask as bits is large, and the attention's own kernel skips what is hidden
 
 Words = list[Tensor | float | None]
@@ -36,12 +39,15 @@ def reconstruct(model: Any, tokens: Tensor) -> Tensor | None:
     """tokens [B, N, C_org] -> their reconstruction by a `UniAD`; None where the network has to go layer by layer."""
     if model.training or torch.is_grad_enabled() or not _is_served(model, tokens):
         return None
+    in_bfloat16 = torch.is_autocast_enabled("cpu")
     try:
-        position = model.pos_embed()
-        sizes, words = _network(model, position)
+        with torch.autocast("cpu", enabled=False):  # what is read here are parameters, and products of them
+            position = model.pos_embed()
+            sizes, words = _network(model, position)
     except _NotPlain:
         return None
-    return run_whole_network(tokens, position, sizes, words)
+    found = run_whole_network(tokens, position, sizes, words, in_bfloat16)
+    return found.to(torch.bfloat16) if in_bfloat16 else found  # as linear layers under autocast give it
 
 
 def _is_served(model: Any, tokens: Tensor) -> bool:
@@ -54,11 +60,17 @@ def _is_served(model: Any, tokens: Tensor) -> bool:
         and tokens.shape[1] <= _MOST_TOKENS
         and not tokens.is_neg()
         and not tokens._is_zerotensor()
-        and not torch.is_autocast_enabled("cpu")
         and not is_traced()
         and torch.autograd.forward_ad._current_level < 0
         and choose_impl(model.impl, tokens) == "cpu"
+        and (not torch.is_autocast_enabled("cpu") or _is_served_in_bfloat16(tokens))
     )
+
+
+def _is_served_in_bfloat16(tokens: Tensor) -> bool:
+    """Whether autocast asks for what the kernel can do, and does best."""
+    is_small = tokens.shape[0] * tokens.shape[1] <= _MOST_IN_BFLOAT16
+    return is_small and torch.get_autocast_dtype("cpu") == torch.bfloat16 and has_bfloat16()
 
 
 def _network(model: Any, position: Tensor) -> tuple[tuple[int, ...], Words]:

@@ -12,10 +12,21 @@ def panel() -> int:
     return launch_reconstruct.panel()
 
 
+def has_bfloat16() -> bool:
+    """Whether its linear layers can take bfloat16."""
+    from ..kernels.cpu import launch_reconstruct
+
+    return launch_reconstruct.has_bfloat16()
+
+
 def reconstruct(
-    tokens: Tensor, position: Tensor, sizes: Sequence[int], network: Sequence[Tensor | float | None]
+    tokens: Tensor,
+    position: Tensor,
+    sizes: Sequence[int],
+    network: Sequence[Tensor | float | None],
+    in_bfloat16: bool = False,
 ) -> Tensor:
     """The network's output [B, N, C] of tokens [B, N, C], float32; see `kernels/cpu/launch_reconstruct.py`."""
     from ..kernels.cpu import launch_reconstruct
 
-    return launch_reconstruct.reconstruct(tokens, position, launch_reconstruct.Sizes(*sizes), network)
+    return launch_reconstruct.reconstruct(tokens, position, launch_reconstruct.Sizes(*sizes), network, in_bfloat16)
