@@ -118,7 +118,7 @@ def _paste_edge(
             (middle, slice(2 * line, None)),
         ):
             inner[middle, middle] &= part[rows, cols]
-    edge = Image.fromarray(np.where(part & ~inner, 255, 0).astype(np.uint8))
+    edge = Image.fromarray((part & ~inner).view(np.uint8) * np.uint8(255))
     for left, top in corners:
         canvas.paste(color, (left + box[0], top + box[1]), edge)
 
