@@ -61,10 +61,10 @@ def installed_package() -> Path:
 
 
 def inner_imports() -> dict[str, set[str]]:
-    """{module: those of the package that it imports}, the package's own __init__ left out."""
+    """{module: those of the package that it imports}, the package's own __init__ and __main__ left out."""
     found = {}
     for path in PACKAGE.rglob("*.py"):
-        if path != PACKAGE / "__init__.py":
+        if path.parent != PACKAGE or path.name not in ("__init__.py", "__main__.py"):
             found[module_name(path)] = {t[2:] for t in imports(path) if t.startswith("./")}
     return found
 

@@ -1,6 +1,8 @@
 """What commands say, and how they end."""
 
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -45,6 +47,8 @@ def test_the_version():
     from uniad_fast import __version__
 
     assert run_command("--version") == (0, f"uniad_fast {__version__}\n")
+    command = [sys.executable, "-m", "uniad_fast", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == f"uniad_fast {__version__}\n"
 
 
 def test_offline_it_says_at_once_where_weights_come_from(tmp_path, monkeypatch):

@@ -40,7 +40,8 @@ class Pace:
             return "no image was measured"
         half, most = np.quantile(self._latencies, (0.5, 0.99)) * 1000
         shares = ", ".join(f"{spent / seconds:.0%} {name}" for name, spent in self._stages.items())
+        images = "1 image" if count == 1 else f"{count} images"
         return (
-            f"{count} images in {seconds:.1f} s, {count / seconds:.1f} a second; from file to verdict {half:.0f} ms "
+            f"{images} in {seconds:.1f} s, {count / seconds:.1f} a second; from file to verdict {half:.0f} ms "
             f"(99%: {most:.0f} ms); {shares}"
         )
