@@ -136,7 +136,7 @@ def test_int8_of_all_but_resize_and_scores(bundle, detector, made_up_classes, on
     paths = sorted(data.glob("*/test/*/*.png"))
     scores = {name: file(batch(paths))["score"] for name, file in made.items()}
     off = np.abs(scores["int8"] - scores["float32"]) / np.maximum(1, scores["float32"] / 10)
-    assert 0 < np.median(off) < 2
+    assert 0 < np.median(off) < 5  # of random weights, and by instructions that differ between processors
     with pytest.raises(ExportError, match="give good images"):
         export_detector(detector.trained, target, "openvino", "int8")
     with pytest.raises(ExportError, match="float16 or int8 for openvino, got 'int8' for onnx"):
