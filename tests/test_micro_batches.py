@@ -13,6 +13,7 @@ from uniad_fast import AnomalyDetector
 from uniad_fast.deploy.micro_batches import MicroBatches, QueueFull, UnknownClass
 from uniad_fast.deploy.service import Limits, Service
 from uniad_fast.deploy.service_app import create_app
+from uniad_fast.errors import UniadFastError
 
 
 def post(client, content):
@@ -66,6 +67,30 @@ def test_batches_form_and_the_queue_ends(bundle):
     last = [batches.submit(image, (64, 64)) for _ in range(3)]
     batches.stop()
     assert all(one.done() for one in last)
+
+
+def test_one_images_fault_is_its_own(bundle):
+    """An engine that can't be told a class fails for whoever told one, in the same batch as others."""
+
+    class Untold(Slow):
+        def measure(self, images, told):
+            if any(number is not None for number in told):
+                raise UniadFastError("it can't be told")
+            return super().measure(images, told)
+
+    detector = Untold(AnomalyDetector.load(bundle))
+    detector.free.set()
+    batches = MicroBatches(detector, most=4, wait=0.5)
+    image = torch.zeros(3, 64, 64)
+    asked = [batches.submit(image, (64, 64), name) for name in (None, "class1", None)]
+    assert asked[0].result(20).prediction.score == pytest.approx(
+        asked[2].result(20).prediction.score, abs=0.02, rel=1e-3
+    )
+    with pytest.raises(UniadFastError, match="it can't be told"):
+        asked[1].result(20)
+    batches.stop()
+    with pytest.raises(QueueFull, match="nothing is measured any more"):
+        batches.submit(image, (64, 64))
 
 
 def test_too_much_at_once_is_told_so(bundle, made_up_classes):

@@ -118,6 +118,26 @@ def test_what_is_refused_and_why(client, paths):
     assert score(client, good).status_code == 200
 
 
+def test_few_pixels_are_decoded_at_a_time(service, client, paths):
+    """A form of pictures that are small as files and large as pixels is answered, some at a time."""
+    most, held = [], service.pixels_held
+    assert held == 0
+    submit = service.batches.submit
+
+    def noted(*arguments):
+        most.append(service.pixels_held)
+        return submit(*arguments)
+
+    service.batches.submit = noted
+    try:
+        files = [("images", (f"{k}.png", png((500, 500)))) for k in range(7)]
+        answer = client.post("/score", files=files)
+    finally:
+        del service.batches.submit
+    assert answer.status_code == 200 and len(answer.json()["results"]) == 7
+    assert 250_000 <= max(most) <= 2 * service.limits.pixels and service.pixels_held == 0
+
+
 def test_health_metrics_and_page(client, service):
     assert client.get("/healthz").json() == client.get("/readyz").json() == {"status": "ok"}
     text = client.get("/metrics").text

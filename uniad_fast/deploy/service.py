@@ -37,6 +37,7 @@ _LOG = logging.getLogger("uniad_fast.service")
 RAW = "application/octet-stream"
 _TOO_MANY = {"Retry-After": "1"}
 _PICTURES = 2  # of the largest, which may be decoded at a time
+_PAUSE = 0.005  # seconds
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Service:
     ) -> ImageResult:
         loop = asyncio.get_running_loop()
         side = self.batches.detector.settings.image_size
-        pixels = self._let_in(name, content)
+        pixels = await self._let_in(name, content)
         try:
             read = await loop.run_in_executor(self.pool, _decoded, name, content, side, with_map)
             scored = await asyncio.wrap_future(self.batches.submit(read.tensor, read.size, class_name))
@@ -200,11 +201,11 @@ class Service:
             note=read.note,
         )
 
-    def _let_in(self, name: str, content: bytes) -> int:
-        """The pixels of an image by its header, which are counted until it is measured.
+    async def _let_in(self, name: str, content: bytes) -> int:
+        """The pixels of an image by its header, counted until it is measured, as soon as those of others leave room.
 
         Raises:
-            HTTPException: it is empty, or has too many, or all that are being read together have.
+            HTTPException: it is empty, or has too many.
         """
         if not content:
             raise HTTPException(422, f"{printable(name)}: it is empty")
@@ -213,8 +214,8 @@ class Service:
             raise HTTPException(
                 413, f"{printable(name)}: it has {pixels} pixels, and {self.limits.pixels} are the most"
             )
-        if self.pixels_held and self.pixels_held + pixels > _PICTURES * self.limits.pixels:
-            raise HTTPException(429, "too many pixels are being read already", _TOO_MANY)
+        while self.pixels_held and self.pixels_held + pixels > _PICTURES * self.limits.pixels:
+            await asyncio.sleep(_PAUSE)
         self.pixels_held += pixels
         return pixels
 
