@@ -143,6 +143,12 @@ def test_maps_and_classes_count_too():
     assert row.agrees
     for change in ({"map": 0.3}, {"classes": 1}, {"score": 0.06}, {"problem": "x"}):
         assert not dataclasses.replace(row, **change).agrees
+    for change, why in (
+        ({"map": 0.3}, "off by 0.3 standard deviations in a map, and may be by 0.2"),
+        ({"classes": 2}, "takes 2 images for another class"),
+        ({"score": 0.06}, "off by 0.06 standard deviations, and may be by 0.05"),
+    ):
+        assert engines._why_not(dataclasses.replace(row, **change)).endswith(why)
 
 
 def test_what_can_not_be(detector, monkeypatch):

@@ -14,7 +14,7 @@ from ..detect.detector import AnomalyDetector
 from ..packages import require
 from ..printable import printable
 from .engine_files import EngineFiles
-from .examine import BOUNDS, EngineError, Examined, examine, reason_of, rows_of
+from .examine import BOUNDS, OF_MAPS, EngineError, Examined, examine, reason_of, rows_of
 from .export import SUFFIXES
 from .exported import measured_by_file
 from .plans import Plan, plans_here, runner
@@ -131,4 +131,9 @@ def _first_that_works(
 def _why_not(row: Examined) -> str:
     if row.problem:
         return f"{row.plan}: {printable(row.problem)}"
-    return f"{row.plan} is off by {row.score:.2g} standard deviations, and may be by {BOUNDS[row.precision]}"
+    bound = BOUNDS[row.precision]
+    if row.classes:
+        return f"{row.plan} takes {row.classes} images for another class"
+    if row.score <= bound:
+        return f"{row.plan} is off by {row.map:.2g} standard deviations in a map, and may be by {OF_MAPS * bound:g}"
+    return f"{row.plan} is off by {row.score:.2g} standard deviations, and may be by {bound}"

@@ -27,7 +27,8 @@ from .plans import Measure, Plan, plans_here, runner
 BOUNDS = {"float32": 0.05, "bfloat16": 0.5}
 """Largest difference of an image's score, in standard deviations of good images. In bfloat16 verdicts near the
 threshold change: it has to be asked for."""
-_OF_MAPS = 4  # times as much where no verdict hangs on it
+OF_MAPS = 4
+"""So many times as much in a map."""
 _EXAMINED = 16
 _ROUNDS = 7
 _SECONDS = 20.0  # for the rounds of all engines together
@@ -69,7 +70,7 @@ class Examined:
     def agrees(self) -> bool:
         """Whether its verdicts are the detector's."""
         bound = BOUNDS[self.precision]
-        return not self.problem and not self.classes and self.score <= bound and self.map <= _OF_MAPS * bound
+        return not self.problem and not self.classes and self.score <= bound and self.map <= OF_MAPS * bound
 
 
 def examine(
