@@ -212,7 +212,7 @@ GOOD = dict(shape=(2, 2, 20, 8), feature_size=(4, 5), neighbor_size=(3, 3))
         (dict(dropout_p=float("nan")), "nan"),
         (dict(seed=2**63), "64-bit"),
         (dict(seed=1.5), "seed must be an integer, a tensor or None, got 1.5"),
-        (dict(seed=torch.zeros(1, dtype=torch.int64)), "0-d int64"),
+        (dict(seed=torch.zeros(1, dtype=torch.int64)), r"int64 \[\] or \[2\]"),
         (dict(impl="fastest"), "'fastest'"),
         (dict(key_shape=(2, 2, 20, 4)), r"\(2, 2, 20, 4\)"),
         (dict(query_shape=(3, 2, 20, 8)), r"\(3, 2, 20, 8\)"),

@@ -1,9 +1,15 @@
 """The bits are pinned: published Philox vectors, and our element map spelled out by hand."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from op_cases import device_of
+from torch import Tensor
 
+from uniad_fast import jitter_project, neighbor_masked_attention
 from uniad_fast.ops import noise
+from uniad_fast.ops.dropout import dropout, dropout_add_norm
 
 CPU = torch.device("cpu")
 
@@ -92,3 +98,88 @@ def test_laws_of_the_draws():
 @pytest.mark.parametrize("prob", [0.0, 1.0])
 def test_a_certain_token_is_certain(prob):
     assert (noise.jittered_tokens(9, 5000, prob, CPU) == bool(prob)).all()
+
+
+# A batch in parts gets the noise of the whole batch: what processes that share one rely on.
+BATCH, HEADS, GRID, WIDTH = 5, 2, (3, 5), 24
+KEY = 2**40 + 77
+PARTS = ((0, 2), (2, 3), (3, 5))  # of the batch: first image, last + 1
+
+
+def _attention(x: Tensor, seed: object, impl: str) -> Tensor:
+    heads = x.unflatten(2, (HEADS, -1)).transpose(1, 2)
+    return neighbor_masked_attention(heads, heads, heads, GRID, (1, 3), dropout_p=0.3, seed=seed, impl=impl)
+
+
+def _shared_query(x: Tensor, seed: object, impl: str) -> Tensor:
+    heads = x.unflatten(2, (HEADS, -1)).transpose(1, 2)
+    query = torch.linspace(-1, 1, heads[0].numel(), device=x.device).view_as(heads[:1]).to(x.dtype)
+    return neighbor_masked_attention(query, heads, heads, GRID, None, dropout_p=0.3, seed=seed, impl=impl)
+
+
+def _jitter(x: Tensor, seed: object, impl: str) -> Tensor:
+    weight = torch.linspace(-1, 1, 20 * WIDTH, device=x.device).view(20, WIDTH).to(x.dtype)
+    return jitter_project(x, weight, scale=9.0, prob=0.6, seed=seed, impl=impl)
+
+
+def _norm(x: Tensor, seed: object, impl: str) -> Tensor:
+    ones = torch.ones(WIDTH, device=x.device)
+    return dropout_add_norm(x, torch.ones_like(x[:1]), ones, ones, dropout_p=0.3, seed=seed, impl=impl)
+
+
+def _relu(x: Tensor, seed: object, impl: str) -> Tensor:
+    return dropout(x, 0.3, relu=True, seed=seed, impl=impl)
+
+
+def _dropout(x: Tensor, seed: object, impl: str) -> Tensor:
+    return dropout(x, 0.3, seed=seed, impl=impl)
+
+
+def _gradients(call: Callable[..., Tensor], x: Tensor, seed: object, impl: str) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    out = call(x, seed, impl)
+    (gradient,) = torch.autograd.grad(out.square().sum(), x)
+    return out.detach(), gradient
+
+
+@pytest.mark.parametrize("call", [_attention, _shared_query, _jitter, _norm, _relu, _dropout], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+def test_parts_have_the_noise_of_the_whole(call, impl):
+    device = device_of(impl)
+    x = torch.randn(BATCH, GRID[0] * GRID[1], WIDTH, generator=torch.Generator().manual_seed(0)).to(device)
+    out, gradient = _gradients(call, x, KEY, impl)
+    for begin, end in PARTS:
+        seed = torch.tensor([KEY, begin], device=device)
+        found = _gradients(call, x[begin:end], seed, impl)
+        torch.testing.assert_close(found[0], out[begin:end], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[1], gradient[begin:end], rtol=1e-4, atol=1e-5)
+    # The first image's noise is not the third's, or all of this would say nothing.
+    other, _ = _gradients(call, x[2:3], torch.tensor([KEY, 0], device=device), impl)
+    assert not torch.allclose(other, out[2:3])
+
+
+def test_a_seed_is_drawn_for_a_part_alone_inside_the_block():
+    device = torch.device("cpu")
+    torch.manual_seed(3)
+    whole = noise.draw_seed(device)
+    torch.manual_seed(3)
+    with noise.part_of_batch(7):
+        assert noise.draw_seed(device).tolist() == [int(whole), 7]
+        assert noise.draw_for_torch(device) is not None
+    assert noise.draw_seed(device).shape == () and noise.draw_for_torch(device) is None
+
+
+def test_stock_pytorch_draws_another_noise_for_each_part():
+    x = torch.ones(2, 4, 512)
+    masks = []
+    for first in (0, 2):
+        torch.manual_seed(0)
+        with noise.part_of_batch(first):
+            masks.append(dropout(x, 0.5, impl="torch") > 0)
+    assert not torch.equal(*masks)
+
+
+@pytest.mark.parametrize("seed", [torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)])
+def test_a_seed_of_another_shape_is_refused(seed):
+    with pytest.raises(ValueError, match=r"int64 \[\] or \[2\]"):
+        dropout(torch.ones(2, 3), 0.5, seed=seed)

@@ -159,18 +159,22 @@ def _function_and_constants(build: Build, chip: Chip) -> tuple[Any, dict[str, An
         constants = {
             "HEIGHT": height, "WIDTH": width, "RADIUS_ROW": radius_row, "RADIUS_COL": radius_col,
             "HEAD_DIM": build.width, "BLOCK_D": max(16, triton.next_power_of_2(build.width)),
-            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "DROPOUT": build.dropout, "PRECISION": precision,
+            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "DROPOUT": build.dropout, "PART": False,
+            "PRECISION": precision,
         } | ({} if tile.whole else {"SKIP": False})  # fmt: skip
         module = whole_sequence_attention if build.kernel == "whole_sequence_kernel" else neighbor_masked_attention
         return getattr(module, build.kernel), constants
     if build.op == "dropout":
         columns = max(16, triton.next_power_of_2(build.width))
-        constants = {"WIDTH": build.width, "BLOCK_R": tile.block_m, "BLOCK_C": columns, "DROPOUT": True, "RELU": False}
+        constants = {
+            "WIDTH": build.width, "BLOCK_R": tile.block_m, "BLOCK_C": columns,
+            "DROPOUT": True, "RELU": False, "PART": False,
+        }  # fmt: skip
         function = getattr(dropout, build.kernel)
         return function, {name: constants[name] for name in (p.name for p in function.params) if name in constants}
     constants = {
         "CHANNELS": build.width, "OUT": 256, "BLOCK_T": tile.block_m, "BLOCK_O": tile.block_n, "BLOCK_C": tile.block_k,
-        "BIAS": True, "SOME": False, "PRECISION": precision,
+        "BIAS": True, "SOME": False, "PART": False, "PRECISION": precision,
     }  # fmt: skip
     function = getattr(jitter_project, build.kernel)
     return function, {name: constants[name] for name in (p.name for p in function.params) if name in constants}

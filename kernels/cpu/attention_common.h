@@ -25,7 +25,7 @@ struct Problem {
   int64_t batch, heads, height, width, radius_row, radius_col, head_dim;
   float scale, scale_log2, keep_scale;
   uint32_t keep_threshold;  // 0: no dropout
-  int64_t seed;
+  int64_t seed, first_plane;  // of the noise
 
   int64_t tokens() const { return height * width; }
   int64_t lanes_dim() const { return round_up(head_dim, GROUP); }  // head_dim as columns of a product
@@ -80,7 +80,7 @@ struct GroupMasks {
     if (p.keep_threshold == 0) return;
     for (int v = 0; v < vectors; v++)
       for (int64_t j = begin; j < end; j += 64)
-        keep_rows(Key(p.seed), (uint32_t)plane, (uint32_t)(first_query + v * LANES), (uint32_t)(j / 64),
+        keep_rows(Key(p.seed), (uint32_t)(p.first_plane + plane), (uint32_t)(first_query + v * LANES), (uint32_t)(j / 64),
                   p.keep_threshold, keep[v] + (j - begin));
   }
 

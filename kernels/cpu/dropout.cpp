@@ -19,9 +19,10 @@ struct Problem {
   int64_t rows, width, residual_rows;  // row r of x meets row r % residual_rows of the residual
   float eps, keep_scale;
   uint32_t keep_threshold;  // 0: no dropout
-  int64_t seed;
+  int64_t seed, first_row;  // of the noise
 
   int64_t blocks() const { return (width + 63) / 64; }
+  uint32_t noise_row(int64_t row) const { return (uint32_t)(first_row + row); }
 };
 
 int64_t splits_of(int64_t rows) { return (rows + SPLIT_ROWS - 1) / SPLIT_ROWS; }
@@ -46,7 +47,7 @@ INLINE vfloat dropped(const Problem& p, const uint64_t* keep, int64_t col, vfloa
 // sums[width] = residual + dropout(x), zeros to a whole vector; returns the sum of them.
 template <class T>
 float add_row(const Problem& p, const T* x, const T* residual, int64_t row, uint64_t* keep, float* sums) {
-  if (p.keep_threshold != 0) keep_columns(Key(p.seed), 0, (uint32_t)row, p.blocks(), p.keep_threshold, keep);
+  if (p.keep_threshold != 0) keep_columns(Key(p.seed), 0, p.noise_row(row), p.blocks(), p.keep_threshold, keep);
   x += row * p.width;
   residual += row % p.residual_rows * p.width;
   vfloat total{};
@@ -134,7 +135,7 @@ template <class T> void forward(const Problem& p, bool relu, const T* x, T* out)
   over_splits(p, [&](Scratch& scratch, int64_t, int64_t first, int64_t last) {
     uint64_t* keep = scratch.take<uint64_t>(p.blocks());
     for (int64_t row = first; row < last; row++) {
-      if (p.keep_threshold != 0) keep_columns(Key(p.seed), 0, (uint32_t)row, p.blocks(), p.keep_threshold, keep);
+      if (p.keep_threshold != 0) keep_columns(Key(p.seed), 0, p.noise_row(row), p.blocks(), p.keep_threshold, keep);
       for (int64_t c = 0; c < p.width; c += LANES) {
         const int64_t left = p.width - c;
         vfloat v = widen_vector(x + row * p.width + c, left);
@@ -150,7 +151,7 @@ template <class T> void backward(const Problem& p, bool relu, const T* out_gradi
   over_splits(p, [&](Scratch& scratch, int64_t, int64_t first, int64_t last) {
     uint64_t* keep = scratch.take<uint64_t>(p.blocks());
     for (int64_t row = first; row < last; row++) {
-      if (!relu) keep_columns(Key(p.seed), 0, (uint32_t)row, p.blocks(), p.keep_threshold, keep);
+      if (!relu) keep_columns(Key(p.seed), 0, p.noise_row(row), p.blocks(), p.keep_threshold, keep);
       for (int64_t c = 0; c < p.width; c += LANES) {
         const int64_t left = p.width - c, at = row * p.width + c;
         const vfloat g = widen_vector(out_gradient + at, left);

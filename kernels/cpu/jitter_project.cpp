@@ -23,10 +23,11 @@ struct Problem {
   int64_t tokens, channels, outs;
   float scale_by_channels;
   uint32_t prob_threshold;
-  int64_t seed;
+  int64_t seed, first_token;  // of the noise
 
   // Channels and outs as columns of a product; channels also as whole calls of the noise.
   int64_t channel_width() const { return round_up(channels, 4 * LANES); }
+  uint32_t noise_token(int64_t t) const { return (uint32_t)(first_token + t); }
   int64_t out_width() const { return round_up(outs, GROUP); }
 };
 
@@ -45,7 +46,7 @@ template <class T> std::pair<float, float> norm_and_factor(const Problem& p, con
     const vfloat x = widen_vector(token + c, p.channels - c);
     squares += x * x;
   }
-  const bool jittered = p.prob_threshold >= 1 << 24 || is_jittered(Key(p.seed), (uint32_t)t, p.prob_threshold);
+  const bool jittered = p.prob_threshold >= 1 << 24 || is_jittered(Key(p.seed), p.noise_token(t), p.prob_threshold);
   return {std::sqrt(sum_lanes(squares)), jittered ? p.scale_by_channels : 0.f};
 }
 
@@ -63,7 +64,7 @@ void noisy_rows(
     }
     const T* token = tokens + (first + t) * p.channels;
     for (int64_t block = 0; block < width; block += 4 * LANES) {
-      normals(Key(p.seed), (uint32_t)(first + t), (uint32_t)block, noise);
+      normals(Key(p.seed), p.noise_token(first + t), (uint32_t)block, noise);
       for (int64_t c = block; c < block + 4 * LANES; c += LANES) {
         const int64_t left = std::max<int64_t>(p.channels - c, 0);
         vfloat x = widen_vector(token + c, left) + load<vfloat>(noise + (c - block)) * deviation[t];
@@ -185,7 +186,7 @@ void token_gradient(const Problem& p, const T* out_gradient, const T* tokens, co
         const auto [norm, factor] = norm_and_factor(p, token, t + l);
         vfloat along{};
         for (int64_t block = 0; block < width; block += 4 * LANES) {
-          normals(Key(p.seed), (uint32_t)(t + l), (uint32_t)block, noise);
+          normals(Key(p.seed), p.noise_token(t + l), (uint32_t)block, noise);
           for (int64_t i = 0; i < 4 * LANES; i += LANES)  // beyond the channels, `through` is 0
             along += load<vfloat>(through + l * width + block + i) * load<vfloat>(noise + i);
         }

@@ -41,7 +41,7 @@ class _Attention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("radius_row", "radius_col", "head_dim")),
         *((name, ctypes.c_float) for name in ("scale", "scale_log2", "keep_scale")),
         ("keep_threshold", ctypes.c_uint32),
-        ("seed", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("seed", "first")),
     ]
 
 
@@ -52,7 +52,7 @@ class _Jitter(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("tokens", "channels", "outs")),
         ("scale_by_channels", ctypes.c_float),
         ("prob_threshold", ctypes.c_uint32),
-        ("seed", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("seed", "first")),
     ]
 
 
@@ -63,7 +63,7 @@ class _Rows(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "width", "residual_rows")),
         *((name, ctypes.c_float) for name in ("eps", "keep_scale")),
         ("keep_threshold", ctypes.c_uint32),
-        ("seed", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("seed", "first")),
     ]
 
 
@@ -244,19 +244,27 @@ def _attention(
     return ctypes.byref(
         _Attention(
             batch, heads, *window, head_dim, scale, scale * math.log2(math.e),
-            1 / (1 - dropout_p), keep_threshold(dropout_p), 0 if seed is None else int(seed),
+            1 / (1 - dropout_p), keep_threshold(dropout_p), *_numbers(seed),
         )
     )  # fmt: skip
 
 
 def _jitter(tokens: Tensor, weight: Tensor, scale: float, prob: float, seed: Tensor) -> "ctypes._CArgObject":
     count, channels = tokens.shape
-    return ctypes.byref(_Jitter(count, channels, weight.shape[0], scale / channels, jitter_threshold(prob), int(seed)))
+    threshold = jitter_threshold(prob)
+    return ctypes.byref(_Jitter(count, channels, weight.shape[0], scale / channels, threshold, *_numbers(seed)))
 
 
 def _rows(x: Tensor, residual_rows: int, dropout_p: float, eps: float, seed: Tensor | None) -> "ctypes._CArgObject":
-    threshold, seed_number = keep_threshold(dropout_p), 0 if seed is None else int(seed)
-    return ctypes.byref(_Rows(*x.shape, residual_rows, eps, 1 / (1 - dropout_p), threshold, seed_number))
+    threshold = keep_threshold(dropout_p)
+    return ctypes.byref(_Rows(*x.shape, residual_rows, eps, 1 / (1 - dropout_p), threshold, *_numbers(seed)))
+
+
+def _numbers(seed: Tensor | None) -> tuple[int, int]:
+    """(key of the noise, number of the first plane, row or token in it) of a seed [] or [2]."""
+    if seed is None:
+        return 0, 0
+    return (int(seed), 0) if seed.ndim == 0 else tuple(seed.tolist())
 
 
 def _floats(*shape: int) -> Tensor:

@@ -7,7 +7,7 @@ pass. A program owns BLOCK_R rows, whole ones, so BLOCK_C >= C is a power of two
 import triton
 import triton.language as tl
 
-from .philox import keep_tile
+from .philox import keep_tile, noise_start
 
 
 @triton.jit
@@ -31,18 +31,19 @@ def norm_forward_kernel(
     weight_ptr, bias_ptr,  # float32 [C]
     out_ptr,  # [R, C]
     stats_ptr,  # float32 [R, 2]: mean and reciprocal deviation
-    seed_ptr,  # int64 []
+    seed_ptr,  # int64 [], or [2] of a PART of the rows
     rows, residual_rows, eps, keep_threshold, keep_scale,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, DROPOUT: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     """LayerNorm(residual + dropout(x)) of BLOCK_R rows."""
     row, col = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     offsets, mask = _offsets(row, rows, WIDTH, BLOCK_C)
     residual_offsets, _ = _offsets(row % residual_rows, rows, WIDTH, BLOCK_C)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    seed, start = tl.load(seed_ptr) if DROPOUT else 0, noise_start(seed_ptr, PART)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     z = tl.load(residual_ptr + residual_offsets, mask=mask, other=0.0).to(tl.float32)
-    z += _dropped(x, seed, row, keep_threshold, keep_scale, BLOCK_R, BLOCK_C, DROPOUT)
+    z += _dropped(x, seed, start + row, keep_threshold, keep_scale, BLOCK_R, BLOCK_C, DROPOUT)
     mean = tl.sum(tl.where(mask, z, 0.0), axis=1) / WIDTH
     centred = tl.where(mask, z - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / WIDTH + eps)
@@ -64,10 +65,11 @@ def norm_backward_kernel(
     seed_ptr,
     rows, residual_rows, rows_per_program, keep_threshold, keep_scale,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, DROPOUT: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     """Gradients of rows_per_program rows, BLOCK_R at a time."""
     col = tl.arange(0, BLOCK_C)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    seed, start = tl.load(seed_ptr) if DROPOUT else 0, noise_start(seed_ptr, PART)
     weight = tl.load(weight_ptr + col, mask=col < WIDTH, other=0.0)
     weight_sum, bias_sum = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     begin = tl.program_id(0) * rows_per_program
@@ -79,7 +81,7 @@ def norm_backward_kernel(
         rstd = tl.load(stats_ptr + 2 * row + 1, mask=row < rows, other=0.0)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(residual_ptr + residual_offsets, mask=mask, other=0.0).to(tl.float32)
-        z += _dropped(x, seed, row, keep_threshold, keep_scale, BLOCK_R, BLOCK_C, DROPOUT)
+        z += _dropped(x, seed, start + row, keep_threshold, keep_scale, BLOCK_R, BLOCK_C, DROPOUT)
         normed = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
         gradient = tl.load(out_gradient_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         weight_sum += tl.sum(gradient * normed, axis=0)
@@ -88,7 +90,7 @@ def norm_backward_kernel(
         slope, offset = tl.sum(scaled * normed, axis=1) / WIDTH, tl.sum(scaled, axis=1) / WIDTH
         down = (scaled - offset[:, None] - normed * slope[:, None]) * rstd[:, None]
         tl.store(sum_gradient_ptr + offsets, down.to(sum_gradient_ptr.dtype.element_ty), mask=mask)
-        down = _dropped(down, seed, row, keep_threshold, keep_scale, BLOCK_R, BLOCK_C, DROPOUT)
+        down = _dropped(down, seed, start + row, keep_threshold, keep_scale, BLOCK_R, BLOCK_C, DROPOUT)
         tl.store(x_gradient_ptr + offsets, down.to(x_gradient_ptr.dtype.element_ty), mask=mask)
     part_ptr += tl.program_id(0) * 2 * WIDTH
     tl.store(part_ptr + col, weight_sum, mask=col < WIDTH)
@@ -99,22 +101,23 @@ def norm_backward_kernel(
 def dropout_forward_kernel(
     x_ptr, out_ptr, seed_ptr, rows, keep_threshold, keep_scale,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, RELU: tl.constexpr, DROPOUT: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     """dropout(x), or dropout(relu(x)), of BLOCK_R rows."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     offsets, mask = _offsets(row, rows, WIDTH, BLOCK_C)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    seed, start = tl.load(seed_ptr) if DROPOUT else 0, noise_start(seed_ptr, PART)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if RELU:
         x = tl.where(x < 0, 0.0, x)  # a NaN goes through
-    out = _dropped(x, seed, row, keep_threshold, keep_scale, BLOCK_R, BLOCK_C, DROPOUT)
+    out = _dropped(x, seed, start + row, keep_threshold, keep_scale, BLOCK_R, BLOCK_C, DROPOUT)
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def dropout_backward_kernel(
     out_gradient_ptr, out_ptr, gradient_ptr, seed_ptr, rows, keep_threshold, keep_scale,
-    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, RELU: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, RELU: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """With ReLU, an output above 0 says that its input was and that it was kept: nothing is redrawn."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -124,5 +127,6 @@ def dropout_backward_kernel(
         out = tl.load(out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         gradient = tl.where(out > 0, gradient * keep_scale, 0.0)
     else:
-        gradient = _dropped(gradient, tl.load(seed_ptr), row, keep_threshold, keep_scale, BLOCK_R, BLOCK_C, True)
+        seed, start = tl.load(seed_ptr), noise_start(seed_ptr, PART)
+        gradient = _dropped(gradient, seed, start + row, keep_threshold, keep_scale, BLOCK_R, BLOCK_C, True)
     tl.store(gradient_ptr + offsets, gradient.to(gradient_ptr.dtype.element_ty), mask=mask)

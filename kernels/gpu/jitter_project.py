@@ -10,7 +10,7 @@ the backward pass.
 import triton
 import triton.language as tl
 
-from .philox import jitter_tile, jittered_token
+from .philox import jitter_tile, jittered_token, noise_start
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _load_weight(
 
 @triton.jit
 def _deviation(
-    token_ptr, token, tokens, seed, scale_by_channels, prob_threshold,
+    token_ptr, token, tokens, seed, start, scale_by_channels, prob_threshold,
     CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     """(deviation [BLOCK_T] of the noise of each token, its norm): scale / C * norm, 0 where the token stays clean."""
@@ -45,7 +45,7 @@ def _deviation(
     norm = tl.sqrt(squares)
     factor = tl.full((BLOCK_T,), 1.0, tl.float32) * scale_by_channels
     if SOME:
-        factor = tl.where(jittered_token(seed, token, prob_threshold), factor, 0.0)
+        factor = tl.where(jittered_token(seed, start + token, prob_threshold), factor, 0.0)
     return factor * norm, norm, factor
 
 
@@ -56,25 +56,25 @@ def forward_kernel(
     bias_ptr,  # [O]
     out_ptr,  # [T, O], contiguous
     deviation_ptr,  # float32 [T], kept for the backward pass
-    seed_ptr,  # int64 []
+    seed_ptr,  # int64 [], or [2] of a PART of the tokens
     tokens, scale_by_channels, prob_threshold,
     CHANNELS: tl.constexpr, OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
-    BIAS: tl.constexpr, SOME: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, SOME: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T tokens of the output, all O channels of it in turn a program a BLOCK_O."""
     OUT_BLOCKS: tl.constexpr = (OUT + BLOCK_O - 1) // BLOCK_O
     token = tl.program_id(0) // OUT_BLOCKS * BLOCK_T + tl.arange(0, BLOCK_T)
     first_out = tl.program_id(0) % OUT_BLOCKS * BLOCK_O
-    seed = tl.load(seed_ptr)
+    seed, start = tl.load(seed_ptr), noise_start(seed_ptr, PART)
     deviation, _, _ = _deviation(
-        token_ptr, token, tokens, seed, scale_by_channels, prob_threshold, CHANNELS, BLOCK_T, BLOCK_C, SOME
+        token_ptr, token, tokens, seed, start, scale_by_channels, prob_threshold, CHANNELS, BLOCK_T, BLOCK_C, SOME
     )
     if first_out == 0:
         tl.store(deviation_ptr + token, deviation, mask=token < tokens)
     accumulator = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     for first_channel in range(0, CHANNELS, BLOCK_C):
         part = _load_tokens(token_ptr, token, first_channel, tokens, CHANNELS, BLOCK_C)
-        normals = jitter_tile(seed, token, first_channel, BLOCK_T, BLOCK_C)
+        normals = jitter_tile(seed, start + token, first_channel, BLOCK_T, BLOCK_C)
         noisy = (part.to(tl.float32) + deviation[:, None] * normals).to(part.dtype)
         weight = _load_weight(weight_ptr, first_out, first_channel, OUT, CHANNELS, BLOCK_O, BLOCK_C)
         accumulator = tl.dot(noisy, tl.trans(weight), accumulator, input_precision=PRECISION)
@@ -95,7 +95,7 @@ def weight_gradient_kernel(
     seed_ptr,
     tokens, tokens_per_split,
     CHANNELS: tl.constexpr, OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_O, BLOCK_C] tile of the weight's gradient over one split of the tokens, the noise redrawn."""
     OUT_BLOCKS: tl.constexpr = (OUT + BLOCK_O - 1) // BLOCK_O
@@ -104,7 +104,7 @@ def weight_gradient_kernel(
     tile = tl.program_id(0) % (OUT_BLOCKS * CHANNEL_BLOCKS)
     first_out, first_channel = tile // CHANNEL_BLOCKS * BLOCK_O, tile % CHANNEL_BLOCKS * BLOCK_C
     row, channel = first_out + tl.arange(0, BLOCK_O), first_channel + tl.arange(0, BLOCK_C)
-    seed = tl.load(seed_ptr)
+    seed, start = tl.load(seed_ptr), noise_start(seed_ptr, PART)
     accumulator = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
     bias_accumulator = tl.zeros((BLOCK_O,), tl.float32)
     end = tl.minimum(split * tokens_per_split + tokens_per_split, tokens)
@@ -113,7 +113,7 @@ def weight_gradient_kernel(
         part = _load_tokens(token_ptr, token, first_channel, tokens, CHANNELS, BLOCK_C)
         gradient = _load_tokens(out_gradient_ptr, token, first_out, tokens, OUT, BLOCK_O)
         deviation = tl.load(deviation_ptr + token, mask=token < tokens, other=0.0)
-        normals = jitter_tile(seed, token, first_channel, BLOCK_T, BLOCK_C)
+        normals = jitter_tile(seed, start + token, first_channel, BLOCK_T, BLOCK_C)
         noisy = (part.to(tl.float32) + deviation[:, None] * normals).to(part.dtype)
         accumulator = tl.dot(tl.trans(gradient), noisy, accumulator, input_precision=PRECISION)
         if BIAS:
@@ -131,7 +131,7 @@ def token_gradient_kernel(
     seed_ptr,
     tokens, scale_by_channels, prob_threshold,
     CHANNELS: tl.constexpr, OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
-    SOME: tl.constexpr, PRECISION: tl.constexpr,
+    SOME: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK_T tokens, through the product and through the norm.
 
@@ -139,9 +139,9 @@ def token_gradient_kernel(
     over all channels, so a first walk gathers it and a second one writes.
     """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    seed = tl.load(seed_ptr)
+    seed, start = tl.load(seed_ptr), noise_start(seed_ptr, PART)
     _, norm, factor = _deviation(
-        token_ptr, token, tokens, seed, scale_by_channels, prob_threshold, CHANNELS, BLOCK_T, BLOCK_C, SOME
+        token_ptr, token, tokens, seed, start, scale_by_channels, prob_threshold, CHANNELS, BLOCK_T, BLOCK_C, SOME
     )
     along_noise = tl.zeros((BLOCK_T,), tl.float32)
     for WRITE in tl.static_range(2):
@@ -161,5 +161,5 @@ def token_gradient_kernel(
                 offsets = token.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
                 tl.store(token_gradient_ptr + offsets, value, mask=mask)
             else:
-                normals = jitter_tile(seed, token, first_channel, BLOCK_T, BLOCK_C)
+                normals = jitter_tile(seed, start + token, first_channel, BLOCK_T, BLOCK_C)
                 along_noise += tl.sum(through * normals, axis=1)

@@ -16,6 +16,7 @@ from .launch_dropout import (
     norm_backward,
     norm_forward,
     on,
+    seed_arguments,
 )
 from .tiles import JITTER, TileConfig, attention_tile, dot_precision, skipping_pays, whole_sequence_tile
 from .whole_sequence_attention import whole_sequence_kernel
@@ -65,7 +66,7 @@ def attention_forward(
             value_ptr=value,
             out_ptr=out,
             stats_ptr=stats,
-            seed_ptr=stats if seed is None else seed,
+            **seed_arguments(seed, stats),
             **_strides(query=query.expand_as(key), key=key, value=value, out=out),
             heads=heads,
             scale_log2=scale * math.log2(math.e),
@@ -96,7 +97,7 @@ def attention_backward(
         shared = {
             "stats_ptr": stats,
             "delta_ptr": delta,
-            "seed_ptr": stats if seed is None else seed,
+            **seed_arguments(seed, stats),
             "heads": heads,
             "scale": scale,
             "scale_log2": scale * math.log2(math.e),
@@ -142,7 +143,7 @@ def jitter_forward(
             bias_ptr=out if bias is None else contiguous(bias),
             out_ptr=out,
             deviation_ptr=deviation,
-            seed_ptr=seed,
+            **seed_arguments(seed, out),
             **_jitter_arguments(tokens, weight, scale, prob, tile),
             BIAS=bias is not None,
         )
@@ -181,7 +182,7 @@ def jitter_backward(
                 deviation_ptr=deviation,
                 part_ptr=parts,
                 bias_part_ptr=bias_parts,
-                seed_ptr=seed,
+                **seed_arguments(seed, parts),
                 tokens_per_split=triton.cdiv(triton.cdiv(count, splits), tile.block_m) * tile.block_m,
                 BIAS=with_bias,
                 **arguments,
@@ -193,7 +194,7 @@ def jitter_backward(
                     weight_ptr=weight,
                     out_gradient_ptr=out_gradient,
                     token_gradient_ptr=token_gradient,
-                    seed_ptr=seed,
+                    **seed_arguments(seed, parts),
                     **_jitter_arguments(tokens, weight, scale, prob, tile),
                 )
     bias_gradient = bias_parts.sum(0).to(weight.dtype) if with_bias else weight.new_empty(0)

@@ -30,7 +30,7 @@ def norm_forward(
                 bias_ptr=contiguous(bias),
                 out_ptr=out,
                 stats_ptr=stats,
-                seed_ptr=stats if seed is None else seed,
+                **seed_arguments(seed, stats),
                 residual_rows=residual.shape[0],
                 eps=eps,
                 DROPOUT=dropout_p > 0,
@@ -68,7 +68,7 @@ def norm_backward(
                 sum_gradient_ptr=sum_gradient,
                 x_gradient_ptr=x_gradient,
                 part_ptr=parts,
-                seed_ptr=stats if seed is None else seed,
+                **seed_arguments(seed, stats),
                 residual_rows=residual.shape[0],
                 rows_per_program=triton.cdiv(triton.cdiv(rows, programs), block["BLOCK_R"]) * block["BLOCK_R"],
                 DROPOUT=dropout,
@@ -87,7 +87,7 @@ def dropout_forward(x: Tensor, dropout_p: float, relu: bool, seed: Tensor | None
             kernels.dropout_forward_kernel[(triton.cdiv(x.shape[0], block["BLOCK_R"]),)](
                 x_ptr=contiguous(x),
                 out_ptr=out,
-                seed_ptr=out if seed is None else seed,
+                **seed_arguments(seed, out),
                 RELU=relu,
                 DROPOUT=dropout_p > 0,
                 **block,
@@ -106,7 +106,7 @@ def dropout_backward(out_gradient: Tensor, out: Tensor, dropout_p: float, relu: 
                 out_gradient_ptr=contiguous(out_gradient),
                 out_ptr=contiguous(out),
                 gradient_ptr=gradient,
-                seed_ptr=gradient if seed is None else seed,
+                **seed_arguments(seed, gradient),
                 RELU=relu,
                 **block,
                 **dropout_arguments(dropout_p),
@@ -134,6 +134,11 @@ def _block(x: Tensor) -> dict[str, int]:
 def dropout_arguments(p: float) -> dict[str, float | int]:
     """What the kernels take for a probability."""
     return {"keep_threshold": keep_threshold(p), "keep_scale": 1 / (1 - p)}
+
+
+def seed_arguments(seed: Tensor | None, instead: Tensor) -> dict[str, Tensor | bool]:
+    """What the kernels take for a seed; `instead` is some pointer where there is none."""
+    return {"seed_ptr": instead if seed is None else seed, "PART": seed is not None and seed.ndim == 1}
 
 
 def on(device: torch.device) -> torch.cuda.device:

@@ -14,7 +14,7 @@ the weights and redraws the dropout again; nothing of N x N elements exists, and
 import triton
 import triton.language as tl
 
-from .philox import keep_tile
+from .philox import keep_tile, noise_start
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def forward_kernel(
     query_ptr, key_ptr, value_ptr,  # [B or 1, H, N, D], [B, H, N, D] twice, by stride
     out_ptr,  # [B, H, N, D], by stride
     stats_ptr,  # float32 [B * H, 2, N]: largest product, not scaled, and base-2 log of the sum relative to it
-    seed_ptr,  # int64 []
+    seed_ptr,  # int64 [], or [2] of a PART of the batch
     query_stride_b, query_stride_h, query_stride_n,
     key_stride_b, key_stride_h, key_stride_n,
     value_stride_b, value_stride_h, value_stride_n,
@@ -152,7 +152,7 @@ def forward_kernel(
     heads, scale_log2, keep_threshold, keep_scale,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RADIUS_ROW: tl.constexpr, RADIUS_COL: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PART: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of BLOCK_M queries of one head, by online softmax over the key blocks."""
     N: tl.constexpr = HEIGHT * WIDTH
@@ -166,7 +166,7 @@ def forward_kernel(
     out_ptr += batch * out_stride_b + head * out_stride_h
 
     query = load_tokens(query_ptr, first, query_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    seed, noise_plane = tl.load(seed_ptr) if DROPOUT else 0, plane + noise_start(seed_ptr, PART)
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -195,7 +195,7 @@ def forward_kernel(
                 running_max = new_max
                 if DROPOUT:
                     keep = keep_tile(
-                        seed, plane, first + tl.arange(0, BLOCK_M), key_first, keep_threshold, BLOCK_M, BLOCK_N
+                        seed, noise_plane, first + tl.arange(0, BLOCK_M), key_first, keep_threshold, BLOCK_M, BLOCK_N
                     )
                     weights = tl.where(keep, weights, 0.0)
                 accumulator = accumulator * correction[:, None]
@@ -211,7 +211,7 @@ def forward_kernel(
 
 @triton.jit
 def _score_gradient(
-    query, key, value, out_gradient, maximum, log_sum, delta, seed, plane, query_first, key_first,
+    query, key, value, out_gradient, maximum, log_sum, delta, seed, noise_plane, query_first, key_first,
     scale_log2, keep_threshold, keep_scale,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RADIUS_ROW: tl.constexpr, RADIUS_COL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -227,7 +227,8 @@ def _score_gradient(
     weight_gradient = tl.dot(out_gradient, tl.trans(value), input_precision=PRECISION)
     dropped = weights
     if DROPOUT:
-        keep = keep_tile(seed, plane, query_first + tl.arange(0, BLOCK_M), key_first, keep_threshold, BLOCK_M, BLOCK_N)
+        row = query_first + tl.arange(0, BLOCK_M)
+        keep = keep_tile(seed, noise_plane, row, key_first, keep_threshold, BLOCK_M, BLOCK_N)
         dropped = tl.where(keep, weights * keep_scale, 0.0)
         weight_gradient = tl.where(keep, weight_gradient * keep_scale, 0.0)
     return dropped, weights * (weight_gradient - delta[:, None])
@@ -249,7 +250,7 @@ def query_gradient_kernel(
     heads, scale, scale_log2, keep_threshold, keep_scale,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RADIUS_ROW: tl.constexpr, RADIUS_COL: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PART: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK_M queries of one head, over the key blocks."""
     N: tl.constexpr = HEIGHT * WIDTH
@@ -272,7 +273,7 @@ def query_gradient_kernel(
     maximum, log_sum = load_stats(stats_ptr, plane, token, N)
     delta = tl.sum(out.to(tl.float32) * out_gradient.to(tl.float32), axis=1)
     tl.store(delta_ptr + row, delta, mask=token < N)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    seed, noise_plane = tl.load(seed_ptr) if DROPOUT else 0, plane + noise_start(seed_ptr, PART)
 
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     begin, end = _near_blocks(first, BLOCK_M, BLOCK_N, HEIGHT, WIDTH, RADIUS_ROW)
@@ -288,7 +289,7 @@ def query_gradient_kernel(
                 key = load_tokens(key_ptr, key_first, key_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
                 value = load_tokens(value_ptr, key_first, value_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
                 _, gradient = _score_gradient(
-                    query, key, value, out_gradient, maximum, log_sum, delta, seed, plane, first, key_first,
+                    query, key, value, out_gradient, maximum, log_sum, delta, seed, noise_plane, first, key_first,
                     scale_log2, keep_threshold, keep_scale, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL,
                     BLOCK_M, BLOCK_N, MASKED, DROPOUT, PRECISION,
                 )  # fmt: skip
@@ -310,7 +311,7 @@ def key_value_gradient_kernel(
     heads, scale, scale_log2, keep_threshold, keep_scale,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RADIUS_ROW: tl.constexpr, RADIUS_COL: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PART: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_N keys and values of one head, over the query blocks. The window is symmetric."""
     N: tl.constexpr = HEIGHT * WIDTH
@@ -327,7 +328,7 @@ def key_value_gradient_kernel(
 
     key = load_tokens(key_ptr, first, key_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
     value = load_tokens(value_ptr, first, value_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    seed, noise_plane = tl.load(seed_ptr) if DROPOUT else 0, plane + noise_start(seed_ptr, PART)
     key_accumulator = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     value_accumulator = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     begin, end = _near_blocks(first, BLOCK_N, BLOCK_M, HEIGHT, WIDTH, RADIUS_ROW)
@@ -348,7 +349,7 @@ def key_value_gradient_kernel(
                 maximum, log_sum = load_stats(stats_ptr, plane, token, N)
                 delta = tl.load(delta_ptr + plane.to(tl.int64) * N + token, mask=token < N, other=0.0)
                 weights, gradient = _score_gradient(
-                    query, key, value, out_gradient, maximum, log_sum, delta, seed, plane, query_first, first,
+                    query, key, value, out_gradient, maximum, log_sum, delta, seed, noise_plane, query_first, first,
                     scale_log2, keep_threshold, keep_scale, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL,
                     BLOCK_M, BLOCK_N, MASKED, DROPOUT, PRECISION,
                 )  # fmt: skip

@@ -13,6 +13,12 @@ JITTER_TOKEN = tl.constexpr(2)
 
 
 @triton.jit
+def noise_start(seed_ptr, PART: tl.constexpr):
+    """Number that the first plane, row or token has among those that noise is drawn for: `seed_ptr` [2] says, or 0."""
+    return tl.load(seed_ptr + 1).to(tl.int32) if PART else 0
+
+
+@triton.jit
 def keep_tile(seed, plane, row, first_col, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Dropout decisions [BLOCK_M, BLOCK_N] of stream KEEP: True where the element is kept.
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .neighbor_masked_attention import load_tokens, query_key_products, store_stats, store_tokens
-from .philox import keep_tile
+from .philox import keep_tile, noise_start
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def whole_sequence_kernel(
     heads, scale_log2, keep_threshold, keep_scale,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RADIUS_ROW: tl.constexpr, RADIUS_COL: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Arguments as of `neighbor_masked_attention.forward_kernel`; BLOCK_N holds all keys, the grid is [B * H]."""
     N: tl.constexpr = HEIGHT * WIDTH
@@ -37,7 +37,7 @@ def whole_sequence_kernel(
     value = load_tokens(
         value_ptr + batch * value_stride_b + head * value_stride_h, start, value_stride_n, N, HEAD_DIM, BLOCK_N, BLOCK_D
     )
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    seed, noise_plane = tl.load(seed_ptr) if DROPOUT else 0, plane + noise_start(seed_ptr, PART)
     for block in range(0, (N + BLOCK_M - 1) // BLOCK_M):
         first = block * BLOCK_M
         query = load_tokens(query_ptr, first, query_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)
@@ -54,7 +54,8 @@ def whole_sequence_kernel(
         # Stored before the noise is drawn, which needs the registers.
         store_stats(stats_ptr, maximum, total, empty, plane, token, N)
         if DROPOUT:
-            weights = tl.where(keep_tile(seed, plane, token, start, keep_threshold, BLOCK_M, BLOCK_N), weights, 0.0)
+            keep = keep_tile(seed, noise_plane, token, start, keep_threshold, BLOCK_M, BLOCK_N)
+            weights = tl.where(keep, weights, 0.0)
         out = tl.dot(weights.to(value.dtype), value, input_precision=PRECISION) * (keep_scale / total)[:, None]
         out = tl.where(empty[:, None], 0.0, out)  # whatever the values are
         store_tokens(out_ptr, out, first, out_stride_n, N, HEAD_DIM, BLOCK_M, BLOCK_D)

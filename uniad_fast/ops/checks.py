@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .noise import drawable
+from .noise import draw_for_torch, draw_seed, drawable
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -39,9 +39,10 @@ def checked_dropout_p(dropout_p: float) -> float:
 def checked_seed(seed: int | Tensor | None, device: torch.device) -> int | Tensor | None:
     """The seed as it is, or as a Python int; ValueError where it is no 64-bit integer, or a tensor elsewhere."""
     if isinstance(seed, Tensor):
-        if seed.ndim != 0 or seed.dtype != torch.int64 or seed.device != device:
+        if seed.shape not in ((), (2,)) or seed.dtype != torch.int64 or seed.device != device:
             raise ValueError(
-                f"a seed tensor must be 0-d int64 on {device}, got {tuple(seed.shape)} {seed.dtype} on {seed.device}"
+                f"a seed tensor must be int64 [] or [2] on {device}, "
+                f"got {tuple(seed.shape)} {seed.dtype} on {seed.device}"
             )
     elif seed is not None:
         try:
@@ -53,8 +54,21 @@ def checked_seed(seed: int | Tensor | None, device: torch.device) -> int | Tenso
     return seed
 
 
+def seed_of(seed: int | Tensor | None, device: torch.device, rows: int, impl: str) -> int | Tensor | None:
+    """The seed that an op computes with, drawn where there is none; None leaves "torch" to its own generator.
+
+    rows: planes, rows or tokens of an image, which the seed of a part of a batch is counted in from here on.
+    """
+    if seed is None:
+        seed = draw_for_torch(device) if impl == "torch" else draw_seed(device)
+    if not isinstance(seed, Tensor) or seed.ndim == 0:
+        return seed
+    key, first = seed.unbind()
+    return torch.stack((key, first * rows))
+
+
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
-    """The seed as the kernels take it: a 0-d int64 tensor on the device."""
+    """The seed as the kernels take it: an int64 tensor on the device, [] or [2]."""
     return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
 
 

@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference, torch_impl
-from .checks import autocasted, check_same_kind, checked_dropout_p, checked_seed, seed_tensor
+from .checks import autocasted, check_same_kind, checked_dropout_p, checked_seed, seed_of, seed_tensor
 from .dispatch import choose_impl, launchers
-from .noise import draw_seed
 from .tracing import without_memory
 
 
@@ -33,7 +32,7 @@ def dropout_add_norm(
         weight, bias: [C], of the norm; any floating dtype, used in float32.
         dropout_p: probability in [0, 1) that an element of `x` is dropped; kept ones are divided by 1 - p.
         eps: added to the variance, finite and >= 0.
-        seed: of the dropout: an int, a 0-d int64 tensor on the device, or None to draw one from torch's generator.
+        seed: of the dropout, see `uniad_fast.ops.neighbor_masked_attention`.
         impl: implementation, see `uniad_fast.ops.neighbor_masked_attention`.
 
     Returns:
@@ -128,7 +127,7 @@ def _checked(
     impl = choose_impl(impl, x)
     if dropout_p == 0:
         return dropout_p, None, impl
-    return dropout_p, draw_seed(x.device) if seed is None and impl != "torch" else seed, impl
+    return dropout_p, seed_of(seed, x.device, math.prod(x.shape[1:-1]), impl), impl
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference, torch_impl
-from .checks import autocasted, check_same_kind, checked_seed, seed_tensor
+from .checks import autocasted, check_same_kind, checked_seed, seed_of, seed_tensor
 from .dispatch import KERNELS, choose_impl, launchers
-from .noise import draw_seed
 from .tracing import without_memory
 
 
@@ -34,7 +33,7 @@ def jitter_project(
         bias: [C_out] or None.
         scale: the paper's alpha, >= 0.
         prob: probability in [0, 1] that a token is jittered.
-        seed: of the noise: an int, a 0-d int64 tensor on the device, or None to draw one from torch's generator.
+        seed: of the noise, see `uniad_fast.ops.neighbor_masked_attention`.
         impl: implementation, see `uniad_fast.ops.neighbor_masked_attention`.
 
     Returns:
@@ -55,10 +54,10 @@ def jitter_project(
         raise ValueError(f"prob must be in [0, 1], got {prob}")
     seed = checked_seed(seed, tokens.device)
     impl = choose_impl(impl, tokens)
+    seed = seed_of(seed, tokens.device, math.prod(tokens.shape[1:-1]), impl)
     if impl == "torch":
         return torch_impl.jitter_project(tokens, weight, bias, scale, prob, seed)
-    if seed is None:
-        seed = draw_seed(tokens.device)
+    assert seed is not None
     if impl not in KERNELS:
         return reference.jitter_project(tokens, weight, bias, scale, prob, seed)
     flat = tokens.reshape(math.prod(tokens.shape[:-1]), tokens.shape[-1])  # C_in may be 0

@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference, torch_impl
-from .checks import autocasted, check_same_kind, checked_dropout_p, checked_seed, seed_tensor
+from .checks import autocasted, check_same_kind, checked_dropout_p, checked_seed, seed_of, seed_tensor
 from .dispatch import KERNELS, choose_impl, launchers
 from .geometry import Size, Window
-from .noise import draw_seed
 from .tracing import without_memory
 
 
@@ -52,8 +51,9 @@ def neighbor_masked_attention(
         dropout_p: probability in [0, 1) that a softmax weight is dropped; kept ones are divided by 1 - p.
             Decided by 16 random bits a weight, so p acts as the nearest multiple of 2^-16 below 1.
         scale: factor of the scores, finite, 1 / sqrt(head_dim) by default.
-        seed: of the dropout: an int, a 0-d int64 tensor on the device, or None to draw one from torch's
-            generator. The same seed drops the same weights in every impl but "torch".
+        seed: of the dropout: an int, an int64 tensor on the device, [] or, for a part of a batch, [2] with the number
+            of its first image (see `uniad_fast.ops.noise`), or None to draw one from torch's generator. The same seed
+            drops the same weights in every impl but "torch".
         impl: implementation, see the module.
 
     Returns:
@@ -71,14 +71,12 @@ def neighbor_masked_attention(
     if not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale}")
     impl = choose_impl(impl, query, _kernel_problem(query, scale))
+    seed = seed_of(seed, query.device, key.shape[1], impl) if dropout_p > 0 else None
     if impl == "torch":
         return torch_impl.neighbor_masked_attention(query, key, value, window, dropout_p, scale, seed)
-    if dropout_p > 0 and seed is None:
-        seed = draw_seed(query.device)
     if impl not in KERNELS:
         return reference.neighbor_masked_attention(query, key, value, window, dropout_p, scale, seed)
-    seed = seed_tensor(seed, query.device) if dropout_p > 0 and seed is not None else None
-    arguments = (query, key, value, window, dropout_p, scale, seed)
+    arguments = (query, key, value, window, dropout_p, scale, None if seed is None else seed_tensor(seed, query.device))
     if without_memory(query, key, value):
         return attention_forward(*arguments, impl)[0]
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):

@@ -26,9 +26,14 @@ Stream JITTER: 32 bits an element, four neighbouring channels a call. An element
 
 Stream JITTER_TOKEN: one call a token, counter (0, token, 0, stream); the token is jittered when
 (word_0 >> 8) < round(prob * 2**24).
+
+A seed is a number, or two: [key, first], where the elements are those of a part of a batch whose planes, rows or tokens
+are numbered from `first` on. So a batch that several processes share has the noise that one process draws for it.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -61,23 +66,56 @@ def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tupl
     return c0, c1, c2, c3
 
 
+_first_image: int | None = None  # no context variable: dynamo traces none
+
+
+@contextlib.contextmanager
+def part_of_batch(first: int) -> Iterator[None]:
+    """Inside, a batch is part of a larger one, from its image number `first` on, and gets that part's noise.
+
+    Every process that has a part draws the same seeds: their generators of torch's must be in the same state. "torch"
+    alone draws another noise for each part than for the whole.
+    """
+    global _first_image
+    before, _first_image = _first_image, first
+    try:
+        yield
+    finally:
+        _first_image = before
+
+
 def draw_seed(device: torch.device) -> Tensor:
-    """A fresh seed from torch's generator of `device`: a 0-d int64 tensor there (no synchronisation)."""
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    """A fresh seed from torch's generator of `device`: an int64 tensor there, [] or of a part of a batch [2] (no
+    synchronisation).
+    """
+    key = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    return key if _first_image is None else torch.stack((key, torch.full_like(key, _first_image)))
 
 
-def keep_mask(seed: int | Tensor, shape: tuple[int, int, int], p: float, device: torch.device) -> Tensor:
-    """Dropout decisions of stream KEEP: bool [planes, rows, cols], True where the element is kept."""
+def draw_for_torch(device: torch.device) -> Tensor | None:
+    """A seed for a part of a batch, whose noise must not be another part's; None, for torch's generator as it is."""
+    return None if _first_image is None else draw_seed(device)
+
+
+def keep_mask(
+    seed: int | Tensor, shape: tuple[int, int, int], p: float, device: torch.device, part_axis: int = 0
+) -> Tensor:
+    """Dropout decisions of stream KEEP: bool [planes, rows, cols], True where the element is kept.
+
+    part_axis: of which the seed of a part of a batch says where it begins, 0 (planes) or 1 (rows).
+    """
     planes, rows, cols = shape
+    key, first = _key_and_first(seed, device)
+    first_plane, first_row = (first, 0) if part_axis == 0 else (0, first)
     col = torch.arange(cols, device=device)
     words = philox_4x32(
         (
             8 * (col // 64) + col % 8,
-            torch.arange(rows, device=device)[:, None],
-            torch.arange(planes, device=device)[:, None, None],
+            first_row + torch.arange(rows, device=device)[:, None],
+            first_plane + torch.arange(planes, device=device)[:, None, None],
             torch.tensor(KEEP, device=device),
         ),
-        _key(seed, device),
+        key,
     )
     slot = col % 64 // 8
     word = torch.stack(words)[slot // 2, ..., col]  # [cols, planes, rows]
@@ -98,14 +136,15 @@ def drawable(p: float) -> float:
 def jitter_normals(seed: int | Tensor, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Standard normals of stream JITTER: [tokens, channels] in `dtype` (float32 or float64)."""
     tokens, channels = shape
+    key, first = _key_and_first(seed, device)
     words = philox_4x32(
         (
             torch.arange(math.ceil(channels / 4), device=device),
-            torch.arange(tokens, device=device)[:, None],
+            first + torch.arange(tokens, device=device)[:, None],
             torch.zeros((), dtype=torch.int64, device=device),
             torch.tensor(JITTER, device=device),
         ),
-        _key(seed, device),
+        key,
     )
     u = [((word >> 8) + 1).to(dtype) / 2**24 for word in words]
     normals = []
@@ -119,13 +158,15 @@ def jitter_normals(seed: int | Tensor, shape: tuple[int, int], dtype: torch.dtyp
 def jittered_tokens(seed: int | Tensor, tokens: int, prob: float, device: torch.device) -> Tensor:
     """Decisions of stream JITTER_TOKEN: bool [tokens], True where the token gets noise."""
     zero = torch.zeros((), dtype=torch.int64, device=device)
+    key, first = _key_and_first(seed, device)
     word, *_ = philox_4x32(
-        (zero, torch.arange(tokens, device=device), zero, torch.tensor(JITTER_TOKEN, device=device)),
-        _key(seed, device),
+        (zero, first + torch.arange(tokens, device=device), zero, torch.tensor(JITTER_TOKEN, device=device)),
+        key,
     )
     return (word >> 8) < round(prob * 2**24)
 
 
-def _key(seed: int | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def _key_and_first(seed: int | Tensor, device: torch.device) -> tuple[tuple[Tensor, Tensor], int | Tensor]:
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
-    return seed & _WORD, seed >> 32 & _WORD
+    key, first = (seed, 0) if seed.ndim == 0 else seed.unbind()
+    return (key & _WORD, key >> 32 & _WORD), first

@@ -92,7 +92,7 @@ def _dropped(x: Tensor, dropout_p: float, seed: int | Tensor | None) -> Tensor:
         return x
     assert seed is not None
     rows = math.prod(x.shape[:-1])
-    keep = keep_mask(seed, (1, rows, x.shape[-1]), dropout_p, x.device)
+    keep = keep_mask(seed, (1, rows, x.shape[-1]), dropout_p, x.device, part_axis=1)
     return x * keep.view(x.shape) / (1 - dropout_p)
 
 

@@ -85,7 +85,7 @@ def _generator_seeded(seed: int | Tensor, device: torch.device) -> Iterator[None
     generator = _generator(device)
     state = generator.get_state()
     try:
-        generator.manual_seed(int(seed))
+        generator.manual_seed(int(seed) if isinstance(seed, int) else int(seed.sum()))  # of a part: key + first
         yield
     finally:
         generator.set_state(state)
