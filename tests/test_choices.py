@@ -63,8 +63,7 @@ def step(tmp_path, **changes):
         tokens,
         recipe,
         0,
-        RunFiles(tmp_path, {}),
-        quiet=True,
+        RunFiles(tmp_path, {}, quiet=True),
     )
     return (torch.cat([p.detach().flatten() for p in model.parameters()]) - before).abs().max().item()
 

@@ -134,10 +134,10 @@ def test_killed_training_goes_on_with_resume(trained, made_up_classes, train_opt
 import sys, time
 from uniad_fast.cli.main import app
 from uniad_fast.detect.detector import AnomalyDetector
-from uniad_fast.training import loop
+from uniad_fast.training.batches import Batches
 
-rows = loop._rows_of_batch
-loop._rows_of_batch = lambda *args: (time.sleep(0.3), rows(*args))[1]
+at = Batches.at
+Batches.at = lambda *args: (time.sleep(0.3), at(*args))[1]
 AnomalyDetector.fit.__kwdefaults__["checkpoint_seconds"] = 0.0
 app(sys.argv[1:])
 """

@@ -9,7 +9,6 @@ import timm
 import torch
 from conftest import call, save, striped_picture
 
-from uniad_fast.deploy.plans import _prepared
 from uniad_fast.models.backbone import Backbone
 from uniad_fast.models.efficientnet import pad_as_for
 from uniad_fast.models.efficientnet_features import (
@@ -19,6 +18,7 @@ from uniad_fast.models.efficientnet_features import (
     is_native,
     with_folded_norms,
 )
+from uniad_fast.models.prepared import prepared
 from uniad_fast.state_dicts import without_values
 
 NAMES = [f"tf_efficientnet_{size}" for size in _SCALES]
@@ -131,8 +131,8 @@ def test_folded_norms_give_the_same_features(name, levels):
     with torch.inference_mode():
         for expected, found in zip(features(images), folded(images), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-    prepared = _prepared(Backbone(name, with_mean(features), levels), "bfloat16")  # shares what is not folded
-    found = prepared(torch.rand(1, 3, 64, 64))
+    own = prepared(Backbone(name, with_mean(features), levels), "bfloat16")  # shares what is not folded
+    found = own(torch.rand(1, 3, 64, 64))
     assert found.dtype == torch.float32 and found.isfinite().all()
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     assert all(torch.equal(tensor, state[key]) for key, tensor in features.state_dict().items())

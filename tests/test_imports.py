@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "ops": {""},
     "models": {"", "ops"},
     "data": {"", "models"},
-    "training": {"", "models"},
+    "training": {"", "ops", "models"},
     "detect": {"", "models", "data", "training"},
     "interop": {"", "ops", "models", "data", "training", "detect"},
     "deploy": {"", "models", "data", "detect"},

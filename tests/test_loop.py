@@ -36,8 +36,8 @@ def fit(model, tokens, recipe, seed, directory, resume=False, checkpoint_seconds
     criterion = ReconstructionLoss(
         model, *channel_statistics(tokens), optimization.loss(recipe), precision=recipe.precision
     )
-    files = RunFiles(directory, {}, resume, checkpoint_seconds, events)
-    return train(criterion, tokens, recipe, seed, files, quiet=True, **options)
+    files = RunFiles(directory, {}, resume, checkpoint_seconds, events, quiet=True)
+    return train(criterion, tokens, recipe, seed, files, **options)
 
 
 def rows(directory):
@@ -75,18 +75,18 @@ KILLED = """
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     import test_loop
-    from uniad_fast.training import loop
+    from uniad_fast.training import batches, loop
 
     save = loop.Checkpoint.save
     def save_and_count(checkpoint, step):
         save(checkpoint, step)
         print(step, flush=True)
     loop.Checkpoint.save = save_and_count
-    rows_of = loop._rows_of_batch
-    def slow_rows(*args):
+    at = batches.Batches.at
+    def slowly(*args):
         import time; time.sleep(0.05)
-        return rows_of(*args)
-    loop._rows_of_batch = slow_rows
+        return at(*args)
+    batches.Batches.at = slowly
     test_loop.run(Path({directory!r}), test_loop.LONG, checkpoint_seconds=0.2, resume={resume})
 """
 LONG = replace(RECIPE, epochs=20)

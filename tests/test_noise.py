@@ -8,8 +8,10 @@ from op_cases import device_of
 from torch import Tensor
 
 from uniad_fast import jitter_project, neighbor_masked_attention
+from uniad_fast.interop.lazy_attention_weights import attention_weights
 from uniad_fast.ops import noise
 from uniad_fast.ops.dropout import dropout, dropout_add_norm
+from uniad_fast.ops.geometry import Window
 
 CPU = torch.device("cpu")
 
@@ -177,6 +179,14 @@ def test_stock_pytorch_draws_another_noise_for_each_part():
         with noise.part_of_batch(first):
             masks.append(dropout(x, 0.5, impl="torch") > 0)
     assert not torch.equal(*masks)
+
+
+def test_attention_weights_of_a_part_are_those_that_acted():
+    query, key = torch.randn(2, 3, HEADS, 15, 8)
+    window = Window.of(GRID, (1, 3))
+    whole = attention_weights(query, key, window, 0.4, torch.tensor(KEY), average=False)
+    part = attention_weights(query[1:], key[1:], window, 0.4, torch.tensor([KEY, 1]), average=False)
+    torch.testing.assert_close(part, whole[1:])
 
 
 @pytest.mark.parametrize("seed", [torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)])

@@ -55,7 +55,7 @@ def fit(tmp_path, tokens, **changes):
     recipe = replace(FAST, epochs=9, min_steps=0, batch_size=2, optimizer="adamw", precision="float32", **changes)
     model = Line()
     criterion = ReconstructionLoss(model, torch.zeros(3), torch.ones(3), optimization.loss(recipe))
-    train(criterion, tokens, recipe, 0, RunFiles(tmp_path, {}, checkpoint_seconds=0), quiet=True)
+    train(criterion, tokens, recipe, 0, RunFiles(tmp_path, {}, checkpoint_seconds=0, quiet=True))
     return model
 
 

@@ -248,20 +248,22 @@ def _images() -> Path:
 
 @st.composite
 def cache_cases(draw):
-    """What is done to the files of a cache, finished or not: a list of (which file, new content)."""
+    """What is done to the file of a cache: {its name: its new content}."""
     with folder() as root:
         paths = sorted(_images().iterdir())
         cached_features(_TinyBackbone(), 16, paths, root, quiet=True)
-        (rows,), (info,) = list(root.glob("*.f32")), list(root.glob("*.json"))
-        contents = {rows.name: rows.read_bytes(), info.name: info.read_bytes()}
-    if draw(st.booleans()):  # as if it had been killed: the same files under their partial names
-        contents = {name.replace(".", ".partial.", 1): content for name, content in contents.items()}
-    for name in draw(st.sets(st.sampled_from(sorted(contents)), min_size=1)):
-        if name.endswith(".json") and draw(st.booleans()):
-            contents[name] = json.dumps(changed(draw, json.loads(contents[name]))).encode()
-        else:
-            contents[name] = damaged(draw, contents[name])
-    return contents
+        (shard,) = root.glob("*/*.safetensors")
+        content = shard.read_bytes()
+    if draw(st.booleans()):
+        return {str(shard.relative_to(root)): damaged(draw, content)}
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    if draw(st.booleans()):
+        header = changed(draw, header)
+    else:
+        header["__metadata__"]["info"] = json.dumps(changed(draw, json.loads(header["__metadata__"]["info"])))
+    text = json.dumps(header).encode()
+    return {str(shard.relative_to(root)): len(text).to_bytes(8, "little") + text + content[8 + length :]}
 
 
 def check_cache(contents) -> None:
@@ -272,6 +274,7 @@ def check_cache(contents) -> None:
         truth = cached_features(_TinyBackbone(), 16, paths, root / "other", quiet=True)
         expected = np.array(truth.tokens)
         for name, content in contents.items():
+            (root / name).parent.mkdir()
             (root / name).write_bytes(content)
         found = cached_features(_TinyBackbone(), 16, paths, root, quiet=True)
         assert found.used == truth.used and [m.split(":")[0] for m in found.unreadable] == [str(paths[2])], contents

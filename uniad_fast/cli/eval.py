@@ -13,6 +13,7 @@ from ..detect.beside import beside
 from ..detect.detector import AnomalyDetector
 from ..detect.evaluation import Evaluation, evaluate
 from ..detect.result_pictures import draw_results
+from ..training.processes import current
 from .options import (
     ERROR,
     INCOMPLETE,
@@ -88,7 +89,7 @@ def evaluate_command(
         say("\n" + _compared(detector, dataset, evaluation, told, quiet))
     if evaluation.decisions is not None:
         say("\n" + results.decisions_table(evaluation.decisions) + "\n")
-    if output is not None:
+    if output is not None and current().is_first:
         _write(detector, evaluation, output, told)
     list_problems("left out", evaluation.unreadable)
     list_problems("not finite", evaluation.not_finite)

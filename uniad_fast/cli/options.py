@@ -5,6 +5,7 @@ done, but some images could not be read; 70 a fault of this program; 128 + n a s
 """
 
 import contextlib
+import os
 import signal
 import sys
 import traceback
@@ -22,9 +23,11 @@ from ..detect.results import table
 from ..errors import UniadFastError
 from ..printable import printable, printable_lines
 from ..signals import Stopped, noted
+from ..training.processes import current, joined, started_as
 
 DEFECTIVE, ERROR, INCOMPLETE, FAULT, SIGNAL = 1, 2, 3, 70, 128
 _LISTED = 20
+_TOGETHER = ("train", "evaluate_command", "score", "study")  # what several processes do together
 _REPORT = "This is a fault of uniad_fast, not of yours: please report it with the lines above."
 
 RecipeName = Literal["fast", "paper"]
@@ -47,6 +50,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
 CacheDirectory = Annotated[
     Path | None, typer.Option("--cache", help="Folder for extracted features. Default: the user's cache.")
+]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep no features: extract them whenever they are needed.")]
+CachePrecision = Annotated[
+    Literal["float32", "bfloat16", "float16"], typer.Option(help="Of kept features; the last two take half the room.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Images at a time.")]
 EngineName = Annotated[
@@ -81,6 +88,13 @@ MaxPixels = Annotated[
 ]
 
 
+def cache_of(cache: Path | None, no_cache: bool) -> Path | Literal[False] | None:
+    """A detector's `cache_dir`; UniadFastError for a folder that nothing would be kept in."""
+    if no_cache and cache is not None:
+        raise UniadFastError(f"--cache {cache} says where to keep features and --no-cache keeps none: give one of them")
+    return False if no_cache else cache
+
+
 def say(text: object, err: bool = False) -> None:
     """Print, with whatever a terminal might obey written as an escape sequence. A reader that has left is no error."""
     with contextlib.suppress(BrokenPipeError):
@@ -94,7 +108,9 @@ def finish(unreadable: Sequence[str], code: int = 0) -> None:
 
 
 def list_problems(what: str, messages: Sequence[str]) -> None:
-    """Print a line for each message on stderr, up to a number."""
+    """Print a line for each message on stderr, up to a number; one of several processes does."""
+    if not current().is_first:
+        return
     for message in messages[:_LISTED]:
         say(f"{what}: {message}", err=True)
     if len(messages) > _LISTED:
@@ -108,7 +124,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             with noted():
-                command(*args, **kwargs)
+                _run(command, *args, **kwargs)
         except (typer.Exit, typer.Abort):
             raise
         except Stopped as stopped:
@@ -131,6 +147,29 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(FAULT) from None
 
     return wrapped
+
+
+def _run(command: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Run the command, together with the processes that this one was started with; the first one speaks.
+
+    torchrun takes every exit code but 0 for a process that has failed, so there is no other where all is done.
+    """
+    if started_as()[1] == 1:
+        command(*args, **kwargs)
+        return
+    if command.__name__ not in _TOGETHER:
+        raise UniadFastError(
+            f"{command.__name__} is one process's work: start it without torchrun, or with one process"
+        )
+    with joined() as together, contextlib.ExitStack() as stack:
+        if not together.is_first:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            kwargs |= {"quiet": True} if "quiet" in kwargs else {}
+        try:
+            command(*args, **kwargs)
+        except typer.Exit as ended:
+            if ended.exit_code not in (0, DEFECTIVE, INCOMPLETE):
+                raise
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -22,6 +22,7 @@ from ..studies.paper import paper_tables
 from ..studies.study import Study, plan, run_study
 from ..studies.tables import DETECTION, final_table, shortcut_table, time_table
 from ..studies.textures import write_textures
+from ..training.processes import current
 from .options import CacheDirectory, DataArgument, Device, ImageRoot, Quiet, Seed, finish, reports_errors, say
 
 StudyBackbone = Annotated[
@@ -86,8 +87,9 @@ def study(
     except Stopped:
         say(f"what was done is in {output}: the same command goes on from there", err=True)
         raise
-    for path in _written(planned, loaded, rows, output, image_score and f"image_auroc_{image_score}"):
-        say(f"wrote {path}")
+    if current().is_first:
+        for path in _written(planned, loaded, rows, output, image_score and f"image_auroc_{image_score}"):
+            say(f"wrote {path}")
     say(f"took {(time.monotonic() - started) / 60:.1f} minutes")
     finish(loaded.unreadable)
 

@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,22 +17,26 @@ from ..files import locked
 from ..packages import require
 from ..printable import printable
 from ..signals import Stopped
+from ..training.processes import current, restarted
 from ..training.recipes import RECIPES
 from ..training.run_files import ResumeError
 from .options import (
     AllGood,
     CacheDirectory,
+    CachePrecision,
     DataArgument,
     Device,
     FalseAlarmRate,
     ImageRoot,
     ImageScore,
     MaxPixels,
+    NoCache,
     Quiet,
     RecipeName,
     ResidualScore,
     Roi,
     Seed,
+    cache_of,
     finish,
     list_problems,
     recognition_sentence,
@@ -42,7 +47,7 @@ from .options import (
 
 _THE_BUNDLE_S = (
     "recipe", "epochs", "backbone", "backbone_weights", "image_size", "residual_score", "image_score",
-    "false_alarm_rate", "held_out", "seed",
+    "false_alarm_rate", "held_out", "seed", "sampling", "cache_precision",
 )  # fmt: skip
 _TRAINING, _LOCK = "uniad_fast training", "lock"
 _IN_TRAINING = {_TRAINING, _LOCK, "checkpoint.pt", "log.csv"}
@@ -89,23 +94,32 @@ def train(
     image_root: ImageRoot = None,
     max_pixels: MaxPixels = None,
     cache: CacheDirectory = None,
+    no_cache: NoCache = False,
+    cache_precision: CachePrecision = "float32",
+    sampling: Annotated[
+        Literal["all", "balanced"],
+        typer.Option(help="balanced: every class as often as any other, however many images it has."),
+    ] = "all",
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Learn from good images; write a bundle.
 
-    Killed at any moment, it goes on with --resume, to the same result. Exit code: 0 done, 2 an error, 3 done without
+    Killed at any moment, it goes on with --resume, to the same result. Started by torchrun, its processes train one
+    network, and go on by themselves when torchrun starts them again. Exit code: 0 done, 2 an error, 3 done without
     some images that could not be read, 128 + n stopped by a signal.
     """
+    resume = resume or restarted()
     if resume and restart:
         raise UniadFastError("--resume goes on with a run and --restart drops it: give one of them")
     if add_to is not None:
-        detector = _going_on(context, add_to, device, cache)
+        detector = _going_on(context, add_to, device, cache_of(cache, no_cache))
     else:
         detector = AnomalyDetector(
-            backbone, image_size, backbone_weights=backbone_weights, recipe=RECIPES[recipe].with_epochs(epochs),
+            backbone, image_size, backbone_weights=backbone_weights,
+            recipe=replace(RECIPES[recipe].with_epochs(epochs), sampling=sampling), feature_precision=cache_precision,
             residual_score=residual_score or "", image_score=image_score, false_alarm_rate=false_alarm_rate,
-            held_out=held_out, seed=seed, device=device, cache_dir=cache,
+            held_out=held_out, seed=seed, device=device, cache_dir=cache_of(cache, no_cache),
         )  # fmt: skip
     if roi is not None:
         detector.look_at(roi)
@@ -119,7 +133,9 @@ def train(
     finish(detector.unreadable)
 
 
-def _going_on(context: typer.Context, bundle: Path, device: str | None, cache: Path | None) -> AnomalyDetector:
+def _going_on(
+    context: typer.Context, bundle: Path, device: str | None, cache: Path | Literal[False] | None
+) -> AnomalyDetector:
     """The detector to go on from; UniadFastError for options that are its bundle's to say."""
     given = [
         f"--{name.replace('_', '-')}"
@@ -152,6 +168,9 @@ def fit_and_save(
         require("tensorboard")
     output = output.absolute() if output.name else output.resolve()
     events = None if logger is None else output.with_name(f"{output.name}.tensorboard")
+    if not current().is_first:
+        (detector.add if detector.classes else detector.fit)(dataset, resume=resume, quiet=quiet)
+        return
     check_writable(output)
     work_dir = output.with_name(f"{output.name}.training")
     _check_work_dir(work_dir)
@@ -177,7 +196,7 @@ def fit_and_save(
                 say(f"what was done is in {work_dir}: the same command with --resume goes on from there", err=True)
             else:
                 shutil.rmtree(work_dir)
-                say("no step was done; the features that were extracted are kept for the next run", err=True)
+                say("no step was done; features that were extracted are kept, but for the last few images", err=True)
             raise
         except UniadFastError:
             if not (work_dir / "checkpoint.pt").exists():

@@ -1,6 +1,5 @@
 """Ways to measure images on this machine's processor: which engine runs how much of a detector, in which precision."""
 
-import copy
 import threading
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -9,12 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..detect.pipeline import Measured, Pipeline
-from ..models.backbone import Backbone
-from ..models.efficientnet_features import EfficientNetFeatures, with_folded_norms
 from ..models.precision import computes_in_bfloat16
+from ..models.prepared import prepared
 from .engine_files import EngineFiles
 from .runtimes import onnxruntime_session, openvino_model, openvino_request
 
@@ -49,7 +47,7 @@ def plans_here() -> list[Plan]:
 def runner(plan: Plan, pipeline: Pipeline, files: EngineFiles) -> Measure:
     """Measures images [B, 3, S, S] in [0, 1] as `Pipeline.measure` does, by the plan."""
     if plan.engine == "torch":
-        backbone = _prepared(pipeline.backbone, plan.precision)
+        backbone = prepared(pipeline.backbone, plan.precision)
         run = lambda images: [backbone(images).flatten(2).transpose(1, 2)]  # noqa: E731
     else:
         run = _run_of(plan, files.graph(plan.part))
@@ -78,27 +76,3 @@ def _run_of(plan: Plan, path: Path) -> Callable[[Tensor], list[Tensor]]:
             return [torch.from_numpy(np.array(request.get_output_tensor(k).data, np.float32)) for k in range(count)]
 
     return run
-
-
-def _prepared(backbone: Backbone, precision: str) -> Backbone:
-    """A copy for inference that shares what it can: norms folded where they are this package's, in that precision."""
-    prepared = copy.copy(backbone)
-    prepared._modules = dict(backbone._modules)
-    features = backbone.features
-    if isinstance(features, EfficientNetFeatures) and backbone.padded_for is None:
-        features = with_folded_norms(features)
-    if precision != "float32":
-        features = _InBfloat16(features)
-    prepared.features = features
-    return prepared
-
-
-class _InBfloat16(nn.Module):
-    """Feature maps as float32, computed in bfloat16."""
-
-    def __init__(self, features: nn.Module) -> None:
-        super().__init__()
-        self.features = copy.deepcopy(features).to(torch.bfloat16)  # tensors that it shares stay as they are
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return [stage.float() for stage in self.features(images.to(torch.bfloat16))]

@@ -9,11 +9,11 @@ import dataclasses
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..data.samples import DataError, Sample
 from ..models.reconstructor import Reconstructor
+from ..rows import TokenRows
 from .detector import AnomalyDetector
 from .fit_scores import calibrated_by, fit_scores
 from .learning import Surroundings
@@ -63,7 +63,7 @@ def beside(detector: AnomalyDetector, samples: list[Sample], quiet: bool = False
     """
     settings, pipeline = dataclasses.replace(detector.settings, residual_score="gaussian"), detector.pipeline
     where = Surroundings(detector.device, cache_dir=detector.cache_dir, quiet=quiet)
-    found = where.features(pipeline.backbone, settings.image_size, samples, "features of good images")
+    found = where.features(pipeline.backbone, settings, samples, "features of good images")
     names = [samples[row].class_name for row in found.used]
     if len(names) < _FEWEST:
         raise DataError(f"{len(names)} readable good images to learn from: there is nothing to compare with")
@@ -93,7 +93,7 @@ def without_network(like: Pipeline, classes: int, device: torch.device) -> Pipel
     return pipeline
 
 
-def _memory(pipeline: Pipeline, tokens: NDArray, seed: int) -> Memory:
+def _memory(pipeline: Pipeline, tokens: TokenRows, seed: int) -> Memory:
     """Of some tokens of [images, N, C], drawn at random."""
     deepest = pipeline.residual_score.deepest
     images, places = tokens.shape[:2]

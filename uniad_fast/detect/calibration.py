@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UniadFastError
+from ..rows import TokenRows
 from .residual_score import image_scores
 from .scales import Scale, fit_scale, joined, scores_unseen
 from .tail import Threshold, threshold_for
@@ -169,8 +170,8 @@ def _read(score_maps: Tensor, enlarge: Callable[[Tensor], Tensor], image_score: 
     return _Read(*(np.concatenate(parts) for parts in (scores, highest, peaks, picked)))
 
 
-def batches(tokens: NDArray) -> Iterator[Tensor]:
-    """Rows of a memory-mapped [images, N, C] array, a batch at a time."""
+def batches(tokens: TokenRows) -> Iterator[Tensor]:
+    """Rows of [images, N, C], a batch at a time."""
     for start in range(0, len(tokens), _BATCH):
         yield torch.from_numpy(np.array(tokens[start : start + _BATCH]))
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class AnomalyDetector:
         backbone_weights: weight file, see `Backbone.pretrained`.
         device: torch device; None takes a GPU if there is one.
         impl: implementation of the model's ops, see `uniad_fast.ops.neighbor_masked_attention`.
-        cache_dir: where features are kept, see `uniad_fast.data.feature_cache`.
+        cache_dir: where features are kept, see `uniad_fast.data.feature_cache`; False keeps none.
         settings: the others of `uniad_fast.detect.settings.DetectorSettings`, such as recipe="paper",
             residual_score="l2", image_score="mean", false_alarm_rate=0.05, held_out=0.2, seed=1.
 
@@ -65,7 +65,7 @@ class AnomalyDetector:
         backbone_weights: str | os.PathLike | None = None,
         device: str | torch.device | None = None,
         impl: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | os.PathLike | Literal[False] | None = None,
         **settings: Any,
     ) -> None:
         self.settings = DetectorSettings(backbone, image_size, **settings)

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from ..data.images import UnreadableImage
 from ..data.masks import read_mask
 from ..data.samples import DataError, Sample
 from ..printable import printable
+from ..training.batches import share
+from ..training.processes import current
 from .decisions import Decisions, decide
 from .detector import AnomalyDetector
 from .metrics import DETECTION, LOCALISATION, detection_metrics, localisation_metrics, mean_of_defined
@@ -61,6 +63,8 @@ def evaluate(
 ) -> Evaluation:
     """Score test images and measure detection (image) and, where masks exist, localisation (pixel).
 
+    Of several processes each scores its share, and the first one measures; all of them get what it found.
+
     Args:
         class_from_data: measure each image as the class that the data say, not as the one that is recognized; of a
             class that the detector does not know, as what it recognizes.
@@ -70,8 +74,10 @@ def evaluate(
         DataError: no image could be read, or no score is finite.
         Stopped: a signal asked for it.
     """
-    scored = _Scored()
+    scored, together = _Scored(), current()
     reconstructions = Reconstructions(detector, reconstructions_dir)
+    begin, end = share(len(samples), together.part)
+    samples = samples[begin:end]
     known = detector.classes if class_from_data else ()
     classes = [sample.class_name if sample.class_name in known else None for sample in samples]
     for batch in score_files(detector, [sample.path for sample in samples], classes=classes, quiet=quiet):
@@ -83,6 +89,21 @@ def evaluate(
                 scored.add(sample, image.prediction, image.score_map)
             else:
                 scored.not_finite.append(f"{printable(sample.path)}: its score is {score}")
+    scored = _joined(together.gather(scored))
+    return together.from_first(lambda: _measured(detector, scored, class_from_data))
+
+
+def _joined(parts: "Sequence[_Scored]") -> "_Scored":
+    """What several processes scored, in the order of the images."""
+    every = _Scored()
+    for part in parts:
+        for item in fields(part):
+            getattr(every, item.name).extend(getattr(part, item.name))
+    return every
+
+
+def _measured(detector: AnomalyDetector, scored: "_Scored", class_from_data: bool) -> Evaluation:
+    """raises as `evaluate` does."""
     if not scored.samples:
         problems, what = (
             (scored.not_finite, "no score is finite") if scored.not_finite

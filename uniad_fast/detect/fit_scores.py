@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..rows import TokenRows
 from .calibration import Calibration, batches, calibrate
 from .class_recognizer import fit_recognizer
 from .fitting import UnseenMaps, fit_residual_score, pooled_features, score_maps_of
@@ -16,7 +17,7 @@ _BY_HEART = 3.0  # standard errors by which images that the network has not seen
 
 
 def fit_scores(
-    pipeline: Pipeline, parts: Sequence[NDArray], classes: NDArray, settings: DetectorSettings
+    pipeline: Pipeline, parts: Sequence[TokenRows], classes: NDArray, settings: DetectorSettings
 ) -> tuple[Calibration, Recognition | None]:
     """Fit all that comes after the network, and set scales, threshold and colours.
 
@@ -42,7 +43,7 @@ def fit_scores(
     return _calibrated(pipeline, maps, settings), recognition
 
 
-def calibrated_by(pipeline: Pipeline, tokens: NDArray, fields: NDArray, settings: DetectorSettings) -> Calibration:
+def calibrated_by(pipeline: Pipeline, tokens: TokenRows, fields: NDArray, settings: DetectorSettings) -> Calibration:
     """Scales, threshold and colours from features [images, N, C] that nothing was fitted to, each by its field."""
     return _calibrated(pipeline, _maps_by_field(pipeline, tokens, fields), settings)
 
@@ -66,7 +67,7 @@ def _learnt_by_heart(maps: Sequence[UnseenMaps], trained_on: int) -> bool:
     return difference > _BY_HEART * variance**0.5
 
 
-def fields_of(pipeline: Pipeline, tokens: NDArray, told: Sequence[int | None]) -> NDArray:
+def fields_of(pipeline: Pipeline, tokens: TokenRows, told: Sequence[int | None]) -> NDArray:
     """The field of each image, of features [images, N, C] and the numbers of classes that are told."""
     parts, start = [np.zeros(0, np.int64)], 0
     for batch in batches(tokens):
@@ -75,7 +76,7 @@ def fields_of(pipeline: Pipeline, tokens: NDArray, told: Sequence[int | None]) -
     return np.concatenate(parts)
 
 
-def _maps_by_field(pipeline: Pipeline, tokens: NDArray, fields: NDArray) -> list[UnseenMaps]:
+def _maps_by_field(pipeline: Pipeline, tokens: TokenRows, fields: NDArray) -> list[UnseenMaps]:
     """Of each field its own images; of the last one of several all, as they are measured without their class."""
     maps = score_maps_of(pipeline, tokens, fields)
     parts = [UnseenMaps(rows, maps[rows]) for k in range(pipeline.fields) for rows in [np.flatnonzero(fields == k)]]

@@ -4,7 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..models.backbone import Backbone
 from ..models.uniad import UniAD
+from ..rows import TokenRows
 from ..training import optimization
 from ..training.build import build_model
 from ..training.loop import train
@@ -50,14 +51,14 @@ def new_pipeline(settings: DetectorSettings, backbone: Backbone, model: UniAD, c
 
 def train_pipeline(
     pipeline: Pipeline,
-    tokens: NDArray,
+    tokens: TokenRows,
     recipe: Recipe,
     seed: int,
     files: RunFiles,
     *,
-    validation: NDArray | None = None,
+    validation: TokenRows | None = None,
+    classes: NDArray | None = None,
     after_epoch: Callable[[int], None] | None = None,
-    quiet: bool = False,
 ) -> int:
     """Train the pipeline's network on tokens [images, N, C], in units that the recipe asks for.
 
@@ -70,13 +71,14 @@ def train_pipeline(
         As `uniad_fast.training.loop.train` does; and UniadFastError, where features are not finite.
     """
     if recipe.standardize:
-        mean, std = channel_statistics(tokens)
+        mean, std = files.together.from_first(lambda: channel_statistics(tokens))
         pipeline.mean, pipeline.std = mean.to(pipeline.device), std.to(pipeline.device)
     loss = optimization.loss(recipe)
     criterion = ReconstructionLoss(
         pipeline.model, pipeline.mean, pipeline.std, loss, recipe.precision, pipeline.looked_at()
     )
-    return train(criterion, tokens, recipe, seed, files, validation=validation, after_epoch=after_epoch, quiet=quiet)
+    options: dict[str, Any] = {"validation": validation, "classes": classes, "after_epoch": after_epoch}
+    return train(criterion, tokens, recipe, seed, files, **options)
 
 
 class UnseenMaps(NamedTuple):
@@ -89,7 +91,7 @@ class UnseenMaps(NamedTuple):
 
 
 def fit_residual_score(
-    score: ResidualScore, pipeline: Pipeline, parts: Sequence[NDArray], classes: NDArray, seed: int = 0
+    score: ResidualScore, pipeline: Pipeline, parts: Sequence[TokenRows], classes: NDArray, seed: int = 0
 ) -> list[UnseenMaps] | None:
     """Fit a residual score to features of good images, as the pipeline's network reconstructs them.
 
@@ -121,7 +123,7 @@ def fit_residual_score(
     ]
 
 
-def _residuals(pipeline: Pipeline, score: ResidualScore, parts: Sequence[NDArray], file: IO[bytes]) -> NDArray:
+def _residuals(pipeline: Pipeline, score: ResidualScore, parts: Sequence[TokenRows], file: IO[bytes]) -> NDArray:
     """[images, N, C'] of the deepest stage, in the file."""
     channels = score.deepest.stop - score.deepest.start
     shape = (sum(map(len, parts)), parts[0].shape[1], channels)
@@ -134,7 +136,7 @@ def _residuals(pipeline: Pipeline, score: ResidualScore, parts: Sequence[NDArray
     return residuals
 
 
-def score_maps_of(pipeline: Pipeline, tokens: NDArray, fields: NDArray) -> Tensor:
+def score_maps_of(pipeline: Pipeline, tokens: TokenRows, fields: NDArray) -> Tensor:
     """Raw score maps [images, H, W] of features [images, N, C], each by its field [images]."""
     parts, start = [torch.zeros(0, *pipeline.model.feature_size)], 0
     for batch in batches(tokens):
@@ -144,7 +146,7 @@ def score_maps_of(pipeline: Pipeline, tokens: NDArray, fields: NDArray) -> Tenso
     return torch.cat(parts)
 
 
-def pooled_features(pipeline: Pipeline, parts: Sequence[NDArray]) -> Tensor:
+def pooled_features(pipeline: Pipeline, parts: Sequence[TokenRows]) -> Tensor:
     """What classes are recognized by, [images, 2C'], of features [images, N, C], one part's after the other's."""
     deepest = pipeline.residual_score.deepest
     return torch.cat([pooled(batch[..., deepest]) for batch in chain.from_iterable(map(batches, parts))])

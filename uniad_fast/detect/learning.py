@@ -1,28 +1,35 @@
 """From good images to a trained, fitted and calibrated detector: what `AnomalyDetector.fit` and `add` do."""
 
 import contextlib
+import copy
 import dataclasses
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.feature_cache import Features, cached_features
+from ..data.feature_cache import NoRoom, cached_features
+from ..data.features import Features
+from ..data.live_features import live_features
 from ..data.samples import DataError, Sample
 from ..models.backbone import Backbone
 from ..models.precision import computes_in_bfloat16
 from ..printable import printable
+from ..rows import TokenRows
 from ..state_dicts import hash_of_state_dict
 from ..training.loop import epochs_and_steps, seeded_generators
+from ..training.processes import current
 from ..training.recipes import Recipe
 from ..training.run_files import Diverged, RunFiles
+from .calibration import Calibration
 from .fit_scores import calibrated_by, fields_of, fit_scores
 from .fitting import (
     new_backbone,
@@ -33,25 +40,35 @@ from .fitting import (
 from .good_images import training_split
 from .pipeline import Pipeline
 from .settings import DetectorSettings
-from .trained import Trained
+from .trained import Recognition, Trained
 
 _ADDED_SHARE = 0.2  # of the steps that training anew would take
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What belongs to one machine: device, implementation, folder of features, file of the backbone's weights."""
+    """What belongs to one machine: device, implementation, folder of features (False keeps none), file of the
+    backbone's weights.
+    """
 
     device: torch.device
     impl: str | None = None
-    cache_dir: str | os.PathLike | None = None
+    cache_dir: str | os.PathLike | Literal[False] | None = None
     backbone_weights: str | os.PathLike | None = None
     quiet: bool = False
 
-    def features(self, backbone: Backbone, image_size: int, samples: Sequence[Sample], what: str) -> Features:
-        """Of these samples, from the cache or extracted into it."""
-        paths = [sample.path for sample in samples]
-        return cached_features(backbone, image_size, paths, self.cache_dir, what, self.quiet)
+    def features(
+        self, backbone: Backbone, settings: DetectorSettings, samples: Sequence[Sample], what: str
+    ) -> Features:
+        """Of these samples, from the cache or extracted into it; where it is not wanted or has no room, live."""
+        paths, size = [sample.path for sample in samples], settings.image_size
+        if self.cache_dir is not False:
+            kept_in = settings.feature_precision
+            try:
+                return cached_features(backbone, size, paths, self.cache_dir, what, self.quiet, precision=kept_in)
+            except NoRoom as error:
+                print(f"{error}: they are extracted anew whenever they are needed", file=sys.stderr)
+        return live_features(backbone, size, paths, what, self.quiet)
 
 
 @dataclass(frozen=True)
@@ -84,7 +101,7 @@ class _Good(NamedTuple):
     numbers: NDArray
 
     @property
-    def parts(self) -> list[NDArray]:
+    def parts(self) -> list[TokenRows]:
         return [features.tokens for features in self.features]
 
 
@@ -124,10 +141,29 @@ def learn(
     pipeline.roi = roi.to(where.device) if roi is not None else before.pipeline.roi if before is not None else None
     origin = None if before is None else hash_of_state_dict(before.pipeline.model.state_dict())
     log = _train(pipeline, good, settings, recipe, run, where, origin)
-    calibration, recognition = fit_scores(pipeline, good.parts, good.numbers, settings)
+    calibration, recognition = _fitted_by_first(pipeline, good, settings)
     trained_with = _machine(recipe, where.device)
     content = (settings, pipeline.eval(), calibration, good.classes, recognition, trained_with, log)
     return Learned(Trained(*content), unreadable, notes)
+
+
+def _fitted_by_first(
+    pipeline: Pipeline, good: _Good, settings: DetectorSettings
+) -> tuple[Calibration, Recognition | None]:
+    """What `fit_scores` gives: one process fits, and the others have it from there."""
+    together = current()
+    if together.count == 1:
+        return fit_scores(pipeline, good.parts, good.numbers, settings)
+
+    def fit() -> tuple[Any, ...]:
+        found = fit_scores(pipeline, good.parts, good.numbers, settings)
+        parts = (pipeline.residual_score, pipeline.recognizer)
+        return found, [None if part is None else copy.deepcopy(part).cpu() for part in parts]
+
+    found, (residual_score, recognizer) = together.from_first(fit)
+    pipeline.residual_score, pipeline.recognizer = residual_score, recognizer
+    pipeline.to(pipeline.device)
+    return found
 
 
 def recalibrated(trained: Trained, samples: list[Sample], where: Surroundings) -> tuple[Trained, Features]:
@@ -141,7 +177,7 @@ def recalibrated(trained: Trained, samples: list[Sample], where: Surroundings) -
         UniadFastError: a score is not finite.
     """
     settings, pipeline = trained.settings, trained.pipeline
-    found = where.features(pipeline.backbone, settings.image_size, samples, "features of good images")
+    found = where.features(pipeline.backbone, settings, samples, "features of good images")
     if not len(found.tokens):
         raise DataError("calibration needs a readable good image" + "".join(f"\n  {m}" for m in found.unreadable))
     numbers = {name: number for number, name in enumerate(trained.classes)}
@@ -157,9 +193,8 @@ def _read(
     held_out: list[Sample],
     where: Surroundings,
 ) -> tuple[_Good, list[str], list[str]]:
-    size = settings.image_size
-    good = where.features(backbone, size, kept, "features of good images")
-    unseen = where.features(backbone, size, held_out, "features of held-out good images")
+    good = where.features(backbone, settings, kept, "features of good images")
+    unseen = where.features(backbone, settings, held_out, "features of held-out good images")
     unreadable = good.unreadable + unseen.unreadable
     if not len(good.tokens) or not len(unseen.tokens):
         raise DataError(
@@ -209,13 +244,13 @@ def _train(
     }
     with contextlib.ExitStack() as stack:
         directory = run.work_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        files = RunFiles(directory, identity, run.resume, run.checkpoint_seconds, run.events)
-        options: dict[str, Any] = {"validation": good.parts[1], "quiet": where.quiet}
+        files = RunFiles(directory, identity, run.resume, run.checkpoint_seconds, run.events, current(), where.quiet)
+        options = {"validation": good.parts[1], "classes": good.numbers[: len(good.parts[0])]}
         try:
             train_pipeline(pipeline, good.parts[0], recipe, settings.seed, files, **options)
         except Diverged as error:
             raise error.with_names([good.kept[row].path for row in error.rows]) from None
-        return files.path("log.csv").read_text(encoding="utf-8")
+        return current().from_first(lambda: files.path("log.csv").read_text(encoding="utf-8"))
 
 
 def _machine(recipe: Recipe, device: torch.device) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Scores of image files and folders on disk: a row an image, a heat-map file an image."""
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from ..data.image_files import find_images
 from ..data.samples import DataError
 from ..files import atomic_path
 from ..printable import printable
+from ..training.batches import share
+from ..training.processes import current
 from .detector import AnomalyDetector
 from .pace import Pace
 from .picture import draw_picture, map_image
@@ -42,6 +45,11 @@ class Scored:
     not_drawn: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     pace: Pace = field(default_factory=Pace)
+
+    def join(self, other: "Scored") -> None:
+        """Take what another process found, too."""
+        for name in ("rows", "unreadable", "not_finite", "not_drawn", "notes"):
+            getattr(self, name).extend(getattr(other, name))
 
     @property
     def defective(self) -> int:
@@ -134,6 +142,8 @@ def write_scores(
 
     One image that fails, for whatever reason, leaves the others' rows on the disk, and so does a signal.
 
+    Of several processes each scores its share; the first one writes all rows, the others' at the end.
+
     Args:
         named: as `name_images` gives them.
         threshold: image score above which an image is defective.
@@ -142,8 +152,11 @@ def write_scores(
     Raises:
         Stopped: a signal asked for it; what is done is written.
     """
-    found = Scored()
-    with ScoreFiles(output) as files, ThreadPoolExecutor(os.cpu_count()) as pool:
+    found, together = Scored(), current()
+    named = named[slice(*share(len(named), together.part))]
+    with contextlib.ExitStack() as stack:
+        files = stack.enter_context(ScoreFiles(output)) if together.is_first else None
+        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
         draw = partial(_draw, detector, output, threshold, wanted)
         writer = _Writer(named, threshold, wanted.min_area, files, partial(pool.submit, draw), found)
         scored = score_files(
@@ -165,6 +178,11 @@ def write_scores(
         finally:
             with found.pace.stage("drawing and writing"):
                 writer.finish()
+        for other in together.gather(found)[1:]:
+            if files is not None:
+                for row in other.rows:
+                    files.add(row)
+            found.join(other)
     return found
 
 
@@ -175,7 +193,7 @@ class _Writer:
     named: Sequence[NamedImage]
     threshold: float
     min_area: float
-    files: ScoreFiles
+    files: ScoreFiles | None
     draw: Callable[[ScoredImage, str], Future[str | None]]
     found: Scored
     drawing: list[tuple[ScoredImage, Future[str | None]]] = field(default_factory=list)
@@ -203,7 +221,8 @@ class _Writer:
                 "heat_map": self._drawn(image, future),
                 "regions": [region.to_json() for region in prediction.regions if region.area >= self.min_area],
             }
-            self.files.add(row)
+            if self.files is not None:
+                self.files.add(row)
             self.found.rows.append(row)
 
     def _drawn(self, image: ScoredImage, future: Future[str | None]) -> str | None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from ..data.feature_shards import PRECISIONS
 from ..errors import UniadFastError
 from ..models.architecture import PAPER_ARCHITECTURE, Architecture
 from ..training.recipes import RECIPES, Recipe
 from .residual_score import IMAGE_SCORES, RESIDUAL_SCORES
 
 _SMALLEST, _LARGEST = 32, 4096  # pixels a side
+_NOT_YET = {"feature_precision"}  # in bundles of earlier releases, which have the default
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -34,6 +36,8 @@ class DetectorSettings:
         false_alarm_rate: share of good images that may score above the threshold, in (0, 1).
         held_out: share of the good images that the network is not trained on, in (0, 1).
         seed: of initial values, batch order, noise and the held-out choice.
+        feature_precision: in which features of training images are kept, "float32", or at half the size "float16" or
+            "bfloat16".
 
     Raises:
         UniadFastError: a value is out of range; says which.
@@ -51,6 +55,7 @@ class DetectorSettings:
     false_alarm_rate: float = 0.01
     held_out: float = 0.1
     seed: int = 0
+    feature_precision: str = "float32"
 
     def __post_init__(self) -> None:
         if isinstance(self.recipe, str):
@@ -70,7 +75,8 @@ class DetectorSettings:
             object.__setattr__(self, "out_indices", tuple(map(int, levels)))
         if self.stride is not None and (not _is_int(self.stride) or not 1 <= self.stride <= self.image_size):
             raise UniadFastError(f"stride must be a number of pixels, got {self.stride!r}")
-        for name, words in (("residual_score", RESIDUAL_SCORES), ("image_score", IMAGE_SCORES)):
+        choices = {"residual_score": RESIDUAL_SCORES, "image_score": IMAGE_SCORES, "feature_precision": PRECISIONS}
+        for name, words in choices.items():
             if getattr(self, name) not in words:
                 raise UniadFastError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
         for name in ("false_alarm_rate", "held_out"):
@@ -100,8 +106,9 @@ class DetectorSettings:
         if content["normalization"] is not None:
             mean, std = content["normalization"]
             values["normalization"] = (tuple(mean), tuple(std))
-        if values.keys() != {field.name for field in dataclasses.fields(cls)}:
-            raise KeyError(", ".join(sorted(values.keys() ^ {field.name for field in dataclasses.fields(cls)})))
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not names - _NOT_YET <= values.keys() <= names:
+            raise KeyError(", ".join(sorted(values.keys() ^ names)))
         return cls(**values)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.checks import seed_of
 from ..ops.geometry import Window, hidden_keys
 from ..ops.noise import keep_mask
 
@@ -22,7 +23,9 @@ def attention_weights(
     hidden = hidden_keys(window, query.device)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0.0)
     if dropout_p > 0 and seed is not None:
-        keep = keep_mask(seed, (batch * heads, tokens, tokens), dropout_p, query.device)
+        counted = seed_of(seed, query.device, heads, "reference")
+        assert counted is not None
+        keep = keep_mask(counted, (batch * heads, tokens, tokens), dropout_p, query.device)
         weights = weights * keep.view_as(weights) / (1 - dropout_p)
     return (weights.mean(1) if average else weights).to(query.dtype)
 

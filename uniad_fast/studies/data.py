@@ -14,6 +14,7 @@ from ..data.masks import read_mask
 from ..data.samples import GOOD, DataError, Dataset, Sample
 from ..files import sha256_of_file
 from ..models.backbone import Backbone
+from ..rows import TokenRows
 from .cifar10 import normal_classes
 from .digits import NORMAL_SETS
 
@@ -37,8 +38,8 @@ class StudyData:
     backbone: Backbone
     train: list[Sample]
     test: list[Sample]
-    train_tokens: NDArray
-    test_tokens: NDArray
+    train_tokens: TokenRows
+    test_tokens: TokenRows
     masks: NDArray | None
     key: str
     unreadable: list[str]

@@ -18,6 +18,7 @@ from ..detect.pipeline import Pipeline, to_maps
 from ..detect.residual_score import ResidualScore, image_scores
 from ..files import atomic_path
 from ..printable import file_name
+from ..rows import TokenRows
 from ..training.loop import seeded_generators
 from ..training.recipes import Recipe
 from ..training.run_files import ResumeError, RunFiles
@@ -129,8 +130,8 @@ def run_trial(
             after_epoch(epoch)
 
     tokens, watched = _trained_and_watched(data.train_tokens, recipe)
-    files = RunFiles(work_dir, {"trial": identity}, resume=True)
-    options: dict[str, Any] = {"validation": watched, "after_epoch": at_epoch, "quiet": True}
+    files = RunFiles(work_dir, {"trial": identity}, resume=True, quiet=True)
+    options: dict[str, Any] = {"validation": watched, "after_epoch": at_epoch}
     epochs = train_pipeline(pipeline, tokens, recipe, trial.seed, files, **options)
     if str(epochs) not in measured:
         measure(epochs)
@@ -149,7 +150,7 @@ def _new_pipeline(trial: Trial, data: StudyData, recipe: Recipe, device: torch.d
     return Pipeline(backbone, model, data.image_size, recipe.precision, "l2").to(device)
 
 
-def _trained_and_watched(tokens: NDArray, recipe: Recipe) -> tuple[NDArray, NDArray]:
+def _trained_and_watched(tokens: TokenRows, recipe: Recipe) -> tuple[TokenRows, TokenRows]:
     """What a recipe with patience watches is a part of the training images, which it then does not train on."""
     if not recipe.patience:
         return tokens, tokens[:0]

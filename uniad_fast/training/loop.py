@@ -1,8 +1,13 @@
-"""The training loop: from cached features to a trained network, to be killed and resumed at any moment."""
+"""The training loop: from features to a trained network, to be killed and resumed at any moment.
+
+Several processes train one network: each takes a part of every batch, with the noise that this part has in the whole
+batch, and their gradients are averaged. What they learn is what one process learns, to the rounding of sums.
+"""
 
 import contextlib
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -11,14 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UniadFastError
 from ..models.precision import computes_in_bfloat16
+from ..ops.noise import part_of_batch
 from ..progress import progress
-from ..signals import asked_to_stop, stop_if_asked
+from ..rows import TokenRows
+from ..signals import Stopped, asked_to_stop, stop_if_asked
 from . import optimization
+from .batches import Batch, Batches, share
 from .patience import Patience
+from .processes import Processes
 from .recipes import Recipe
 from .reconstruction_loss import ReconstructionLoss
 from .run_files import LOG_EVERY, Checkpoint, Log, RunFiles
@@ -34,20 +43,21 @@ def epochs_and_steps(images: int, recipe: Recipe) -> tuple[int, int]:
 
 def train(
     criterion: ReconstructionLoss,
-    tokens: NDArray,
+    tokens: TokenRows,
     recipe: Recipe,
     seed: int,
     files: RunFiles,
     *,
-    validation: NDArray | None = None,
+    validation: TokenRows | None = None,
+    classes: NDArray | None = None,
     after_epoch: Callable[[int], None] | None = None,
-    quiet: bool = False,
 ) -> int:
     """Train the network in `criterion` in place on tokens [images, N, C]; it ends in evaluation mode.
 
     Args:
         seed: of batch order and noise.
         validation: [images, N, C] of good images that are not trained on, which a recipe with `patience` watches.
+        classes: number of each image's class, which a recipe with "balanced" sampling needs.
         after_epoch: called with the number of epochs done, the network in evaluation mode; what it takes is not in the
             log's seconds. After a resumption it can be called again for an epoch, never not at all.
 
@@ -58,12 +68,20 @@ def train(
         ResumeError: the checkpoint is damaged or of another run; says what differs.
         Diverged: the loss is not finite; nothing of it is in a checkpoint.
         Stopped: a signal asked for it (see `uniad_fast.signals`), after a step, with a checkpoint.
-        UniadFastError: the recipe has `patience`, and there is no image to watch.
+        UniadFastError: the recipe has `patience`, and there is no image to watch; or a batch has fewer images than
+            there are processes.
     """
+    together = files.together
+    batch = min(recipe.batch_size, len(tokens))
+    if batch < together.count:
+        raise UniadFastError(f"{together.count} processes can't share batches of {batch} images: start fewer")
     if recipe.patience and (validation is None or not len(validation)):
         raise UniadFastError(f"a recipe with patience {recipe.patience} needs held-out good images to watch")
     with seeded_generators(seed, criterion.mean.device):
-        return _Run(criterion, tokens, recipe, seed, files, quiet).go(validation, after_epoch)
+        batches = Batches(
+            tokens, recipe.batch_size, seed, together.part, classes if recipe.sampling == "balanced" else None
+        )
+        return _Run(criterion, batches, recipe, seed, files).go(validation, after_epoch)
 
 
 class _Run:
@@ -72,26 +90,33 @@ class _Run:
     def __init__(
         self,
         criterion: ReconstructionLoss,
-        tokens: NDArray,
+        batches: Batches,
         recipe: Recipe,
         seed: int,
         files: RunFiles,
-        quiet: bool,
     ) -> None:
-        self.criterion, self.tokens, self.recipe, self.seed, self.quiet = criterion, tokens, recipe, seed, quiet
-        self.epochs, self.steps_per_epoch = epochs_and_steps(len(tokens), recipe)
+        self.criterion, self.batches, self.recipe = criterion, batches, recipe
+        self.together, self.quiet = files.together, files.quiet
+        self.epochs, self.steps_per_epoch = epochs_and_steps(batches.images, recipe)
         self.total = self.epochs * self.steps_per_epoch
         self.optimizers = optimization.optimizers(criterion.model, recipe)
         self.schedulers = [optimization.scheduler(optimizer, recipe, self.total) for optimizer in self.optimizers]
         self.patience = Patience(recipe.patience)
-        identity = _identity(files.run, recipe, seed, len(tokens), criterion.mean.device)
+        identity = _identity(files.run, recipe, seed, batches, criterion.mean.device)
         parts = (criterion.model, self.optimizers, self.schedulers, self.patience)
         self.checkpoint = Checkpoint(files, identity, *parts)
-        self.checkpoint_seconds = files.checkpoint_seconds
-        self.step = self.checkpoint.load() if files.resume else 0
-        self.log = Log(files, keep_below=self.step)
+        self.checkpoint_seconds = files.checkpoint_seconds if self.together.is_first else math.inf
+        self.step = 0
+        if files.resume and (content := self.together.from_first(self.checkpoint.read)) is not None:
+            self.step = self.checkpoint.restore(content)
+        self.log = Log(files if self.together.is_first else None, keep_below=self.step)
+        self.asked = False
+        self.watches = self.together.from_first(lambda: bool(recipe.patience) or self.log.has_events)
+        self.module: nn.Module = criterion
+        if self.together.count > 1:
+            self.module = nn.parallel.DistributedDataParallel(criterion)
 
-    def go(self, validation: NDArray | None, after_epoch: Callable[[int], None] | None) -> int:
+    def go(self, validation: TokenRows | None, after_epoch: Callable[[int], None] | None) -> int:
         """Step after step to the end; the number of epochs done."""
         size = self.recipe.batch_size
         self.criterion.train()
@@ -105,24 +130,29 @@ class _Run:
                     bar.set_postfix(loss=f"{self.log.last_loss:.4f}", epoch=f"{epoch + 1}/{self.epochs}")
                 if self.step % self.steps_per_epoch == 0:
                     self._end_epoch(validation, after_epoch)
-                asked = asked_to_stop()
                 ended = self.step == self.total or self.patience.ended
-                if ended or asked or time.monotonic() - saved >= self.checkpoint_seconds:
+                if ended or self.asked or time.monotonic() - saved >= self.checkpoint_seconds:
                     self.log.flush()
-                    self.checkpoint.save(self.step)
+                    if self.together.is_first:
+                        self.checkpoint.save(self.step)
                     saved = time.monotonic()
-                if asked and self.step < self.total:
+                if self.asked and self.step < self.total:
                     stop_if_asked()
+                    raise Stopped(signal.SIGTERM)  # another process was asked
         self.criterion.eval()
         return self.step // self.steps_per_epoch
 
     def _take_step(self, epoch: int) -> None:
-        model, position = self.criterion.model, self.step % self.steps_per_epoch
-        rows = _rows_of_batch(len(self.tokens), epoch, position, self.recipe.batch_size, self.seed)
-        loss = self.criterion(torch.from_numpy(self.tokens[rows]))
-        self.log.check(self.step, loss, rows)
+        model, batch = self.criterion.model, self.batches.at(self.step)
         model.zero_grad(set_to_none=True)
-        loss.backward()
+        if self.together.count == 1:
+            loss = self.module(batch.tokens)
+            self.asked = asked_to_stop()
+            self.log.check(self.step, loss, batch.rows)
+            loss.backward()
+        else:
+            loss = self._shared_loss(batch)
+            self.log.check(self.step, loss, batch.rows)
         norm = nn.utils.clip_grad_norm_(model.parameters(), self.recipe.clip)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -131,11 +161,25 @@ class _Run:
             scheduler.step()
         self.step += 1
 
-    def _end_epoch(self, validation: NDArray | None, after_epoch: Callable[[int], None] | None) -> None:
+    def _shared_loss(self, batch: Batch) -> Tensor:
+        """The whole batch's loss, after its backward pass, and whether any process was asked to stop."""
+        with part_of_batch(batch.first):
+            loss = self.module(batch.tokens)
+        # The gradients are averaged over processes, whose parts may differ by an image.
+        share_of_loss = len(batch.tokens) / len(batch.rows)
+        (loss * share_of_loss * self.together.count).backward()
+        told = torch.stack((loss.detach() * share_of_loss, torch.full_like(loss.detach(), float(asked_to_stop()))))
+        total, asked = self.together.sum(told)
+        # A look at what a GPU has computed waits for it.
+        if asked.device.type == "cpu" or self.step % LOG_EVERY == 0:
+            self.asked = bool(asked)
+        return total
+
+    def _end_epoch(self, validation: TokenRows | None, after_epoch: Callable[[int], None] | None) -> None:
         self.criterion.eval()
-        if validation is not None and len(validation) and (self.recipe.patience or self.log.has_events):
+        if validation is not None and len(validation) and self.watches:
             with self.log.paused() if not self.recipe.patience else contextlib.nullcontext():
-                loss = _mean_loss(self.criterion, validation)
+                loss = _mean_loss(self.criterion, validation, self.together)
             self.log.add_held_out(self.step, loss)
             if self.recipe.patience:
                 self.patience.see(loss)
@@ -145,27 +189,24 @@ class _Run:
         self.criterion.train()
 
 
-def _identity(run: dict[str, Any], recipe: Recipe, seed: int, images: int, device: torch.device) -> dict[str, Any]:
+def _identity(run: dict[str, Any], recipe: Recipe, seed: int, batches: Batches, device: torch.device) -> dict[str, Any]:
     """What a checkpoint of this run is recognised by (JSON values)."""
-    content = json.loads(json.dumps({**run, "recipe": asdict(recipe), "seed": seed, "images": images}))
+    content = json.loads(json.dumps({**run, "recipe": asdict(recipe), "seed": seed, "images": batches.images}))
+    if batches.in_blocks:
+        content["order"] = "blocks"
     content["bfloat16"] = computes_in_bfloat16(recipe.precision, device)
     return content
 
 
 @torch.no_grad()
-def _mean_loss(criterion: ReconstructionLoss, tokens: NDArray) -> float:
-    """Over images [images, N, C], some at a time."""
-    total = 0.0
-    for start in range(0, len(tokens), _VALIDATED_AT_A_TIME):
-        rows = np.array(tokens[start : start + _VALIDATED_AT_A_TIME])
-        total += len(rows) * criterion(torch.from_numpy(rows)).item()
-    return total / len(tokens)
-
-
-def _rows_of_batch(images: int, epoch: int, position: int, batch_size: int, seed: int) -> NDArray:
-    """Rows of a batch of the epoch's own order, which depends on nothing but seed and epoch."""
-    order = np.random.default_rng((seed, epoch)).permutation(images)
-    return np.sort(order[position * batch_size : (position + 1) * batch_size])
+def _mean_loss(criterion: ReconstructionLoss, tokens: TokenRows, together: Processes) -> float:
+    """Over images [images, N, C], some at a time, each process its own."""
+    total = torch.zeros((), dtype=torch.float64, device=criterion.mean.device)
+    begin, end = share(len(tokens), together.part)
+    for start in range(begin, end, _VALIDATED_AT_A_TIME):
+        rows = np.array(tokens[start : min(start + _VALIDATED_AT_A_TIME, end)])
+        total += len(rows) * criterion(torch.from_numpy(rows)).double()
+    return together.sum(total).item() / len(tokens)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ _WORDS = {
     "residual_score": ("l2", "whitened", "relative", "gaussian"),
     "optimizer": ("adamw", "muon"),
     "loss": ("mse", "l1"),
+    "sampling": ("all", "balanced"),
 }
 
 
@@ -52,6 +53,8 @@ class Recipe:
             `uniad_fast.detect.residual_score`.
         patience: training ends after so many epochs in which the loss on held-out good images has not fallen by a
             hundredth below its lowest; 0 goes on to the end.
+        sampling: "all", every image once an epoch, or "balanced", every class as often as any other: its images come
+            again, or not all of them, where classes differ in number.
 
     Raises:
         UniadFastError: a value is out of range, not finite or of another type.
@@ -77,6 +80,7 @@ class Recipe:
     loss: str = "mse"
     patience: int = 0
     zero_blocks: bool = False
+    sampling: str = "all"
 
     def __post_init__(self) -> None:
         for name, allowed, lowest, highest in _RANGES:

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import UniadFastError
 from ..models.precision import autocast
 from ..models.reconstructor import Reconstructor
+from ..rows import TokenRows
 
 
 class ReconstructionLoss(nn.Module):
@@ -56,7 +56,7 @@ class ReconstructionLoss(nn.Module):
         return self.loss(reconstruction, target)
 
 
-def channel_statistics(tokens: NDArray) -> tuple[Tensor, Tensor]:
+def channel_statistics(tokens: TokenRows) -> tuple[Tensor, Tensor]:
     """Mean and deviation per channel, [C] each, of tokens [images, N, C]; a constant channel has deviation 1."""
     channels = tokens.shape[-1]
     total, squares, count = np.zeros(channels), np.zeros(channels), 0

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from ..errors import UniadFastError
 from ..files import atomic_path
 from ..printable import printable
 from .patience import Patience
+from .processes import ALONE, Processes
 
 LOG_FIELDS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "seconds")
 LOG_EVERY = 10
@@ -45,7 +46,7 @@ class Diverged(UniadFastError):
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Where a run keeps its log and its checkpoints, and whether it goes on from one.
+    """Where a run keeps its log and its checkpoints, whether it goes on from one, and who takes part.
 
     Attributes:
         directory: gets `log.csv` and `checkpoint.pt`.
@@ -53,6 +54,9 @@ class RunFiles:
         resume: go on from the checkpoint, to the same numbers as an unbroken run; without one, start.
         checkpoint_seconds: between two checkpoints; there is one at the end, too.
         events: folder for TensorBoard's events; None for none.
+        together: the processes that train this network, all of which run it with the same arguments. The first one
+            writes the files.
+        quiet: no progress bar.
     """
 
     directory: str | os.PathLike
@@ -60,6 +64,8 @@ class RunFiles:
     resume: bool = False
     checkpoint_seconds: float = 60.0
     events: str | os.PathLike | None = None
+    together: Processes = ALONE
+    quiet: bool = False
 
     def path(self, name: str) -> Path:
         return Path(self.directory, name)
@@ -94,10 +100,10 @@ class Checkpoint:
         with atomic_path(self._path) as path:
             torch.save(content, path)
 
-    def load(self) -> int:
-        """The step it was saved at; 0 if there is none yet (killed before the first)."""
+    def read(self) -> dict[str, Any] | None:
+        """What is in the file, for `restore`; None if there is none yet (killed before the first)."""
         if not self._path.exists():
-            return 0
+            return None
         try:
             content = torch.load(self._path, map_location="cpu", weights_only=True)
             run = json.loads(content["run"])
@@ -107,6 +113,10 @@ class Checkpoint:
         if differing:
             changes = "; ".join(f"{n}: was {run.get(n)}, is {self._run.get(n)}" for n in differing)
             raise ResumeError(f"{self._path} is the checkpoint of another run ({changes})")
+        return content
+
+    def restore(self, content: dict[str, Any]) -> int:
+        """Set everything as it was; the step it was saved at."""
         try:
             for name, part in self._parts.items():
                 part.load_state_dict(content[name])
@@ -122,15 +132,22 @@ class Checkpoint:
 
 
 class Log:
-    """A CSV row a step. Losses stay on the device until a few rows are written together."""
+    """A CSV row a step. Losses stay on the device until a few rows are written together.
 
-    def __init__(self, files: RunFiles, keep_below: int) -> None:
-        path = files.path("log.csv")
-        path.parent.mkdir(parents=True, exist_ok=True)
+    Without files, of a process that leaves that to another, nothing is written; what is wrong is found all the same.
+    """
+
+    def __init__(self, files: RunFiles | None, keep_below: int) -> None:
         self._pending: list[tuple[int, int, Tensor, float, Tensor, float]] = []
         self._rows: dict[int, NDArray] = {}
         self._started = time.monotonic()
         self.last_loss = float("nan")
+        self._file: IO[str] | None = None
+        self._events: Any = None
+        if files is None:
+            return
+        path = files.path("log.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
         kept: list[dict[str, str]] = []
         if keep_below:
             kept = _read_log(path, keep_below)
@@ -140,8 +157,6 @@ class Log:
             writer.writeheader()
             writer.writerows(kept)
         self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115, closed by __exit__
-        self._writer = csv.writer(self._file)
-        self._events: Any = None
         if files.events is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -172,9 +187,9 @@ class Log:
             if not math.isfinite(self.last_loss):
                 self._pending.clear()
                 raise Diverged(step, self.last_loss, self._rows[step].tolist())
-            self._writer.writerow(
-                [step, epoch, f"{self.last_loss:.6g}", f"{learning_rate:.6g}", f"{norm.item():.6g}", f"{seconds:.2f}"]
-            )
+            numbers = [f"{self.last_loss:.6g}", f"{learning_rate:.6g}", f"{norm.item():.6g}", f"{seconds:.2f}"]
+            if self._file is not None:
+                csv.writer(self._file).writerow([step, epoch, *numbers])
             if self._events is not None:
                 for name, value in zip(
                     LOG_FIELDS[2:], (self.last_loss, learning_rate, norm.item(), seconds), strict=True
@@ -182,7 +197,8 @@ class Log:
                     self._events.add_scalar(f"training/{name}", value, step)
         self._pending.clear()
         self._rows.clear()
-        self._file.flush()
+        if self._file is not None:
+            self._file.flush()
 
     @property
     def has_events(self) -> bool:
@@ -202,7 +218,8 @@ class Log:
             if error is not Diverged:
                 self.flush()
         finally:
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
             if self._events is not None:
                 self._events.close()
 

@@ -1,0 +1,81 @@
+"""Features of images: what they are, what they are recognised by, how they come from a batch."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..files import sha256_of_file
+from ..models.backbone import Backbone
+from ..rows import TokenRows
+from .feature_shards import PRECISIONS
+from .image_batches import Failure, ImageBatch
+
+_FORMAT = 3  # part of the key: raise it when preprocessing or layout change
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of some images.
+
+    Attributes:
+        tokens: [images, N, C] float32, in files, or extracted when they are read.
+        used: the index of each row's path.
+        unreadable: a message for each image that has no row.
+        key: what they are recognised by.
+        notes: remarks on images that are not shown quite as they are.
+    """
+
+    tokens: TokenRows
+    used: list[int]
+    unreadable: list[str]
+    key: str
+    notes: list[str] = field(default_factory=list)
+
+
+def tokens_of(batch: ImageBatch, backbone: Backbone) -> NDArray:
+    """[len(batch.used), N, C] float32."""
+    if not batch.used:
+        return np.zeros((0, 1, 1), dtype=np.float32)
+    return backbone(batch.images.to(backbone.mean.device)).flatten(2).transpose(1, 2).cpu().numpy()
+
+
+def finite_tokens(
+    batch: ImageBatch, backbone: Backbone, precision: str = "float32"
+) -> tuple[Tensor, list[int], list[Failure]]:
+    """(tokens in that precision, positions, failures) of a batch, those whose features are not finite among the
+    failures.
+    """
+    tokens = torch.from_numpy(np.ascontiguousarray(tokens_of(batch, backbone))).to(PRECISIONS[precision])
+    finite = tokens.isfinite().flatten(1).all(dim=1)
+    failures = list(batch.failures)
+    failures += [
+        Failure(batch.used[i], "its features are not finite" + (f" in {precision}" if precision != "float32" else ""))
+        for i in (~finite).nonzero()[:, 0].tolist()
+    ]
+    failures.sort(key=lambda failure: failure.position)
+    positions = [position for position, good in zip(batch.used, finite.tolist(), strict=True) if good]
+    return tokens[finite], positions, failures
+
+
+def digest(path: Path) -> str | None:
+    """SHA-256 of the file; None if it can't be read, which the extraction will say."""
+    try:
+        return sha256_of_file(path)
+    except (OSError, ValueError):
+        return None
+
+
+def key_of(
+    backbone: Backbone, image_size: int, precision: str, paths: Sequence[Path], digests: Sequence[str | None]
+) -> str:
+    kept_in = "" if precision == "float32" else f" {precision}"
+    hashed = hashlib.sha256(f"{_FORMAT} {backbone.fingerprint()} {image_size}{kept_in}\n".encode())
+    for path, digest in zip(paths, digests, strict=True):
+        hashed.update((digest or f"missing {path}").encode("utf-8", "surrogatepass"))
+    return hashed.hexdigest()[:32]
