@@ -26,6 +26,7 @@ from .options import (
     FalseAlarmRate,
     ImageRoot,
     ImageScore,
+    ImageSize,
     MaxPixels,
     Quiet,
     RecipeName,
@@ -52,7 +53,6 @@ _AddTo = Annotated[
     Path | None, typer.Option(metavar="BUNDLE", help="Go on from this bundle; DATA has its classes and new ones.")
 ]
 
-_ImageSize = Annotated[int, typer.Option(min=32, help="Side in pixels of the square that images are resized to.")]
 _Logger = Annotated[
     Literal["tensorboard"] | None, typer.Option(help="Also log to BUNDLE.tensorboard, for TensorBoard.")
 ]
@@ -70,7 +70,7 @@ def train(
     backbone_weights: Annotated[
         Path | None, typer.Option(help="Its weights: .pth or .safetensors, timm's or EfficientNet-PyTorch's names.")
     ] = None,
-    image_size: _ImageSize = 224,
+    image_size: ImageSize = "224",
     residual_score: Annotated[
         ResidualScore | None, typer.Option(help="How a residual becomes a number. Default: the recipe's.")
     ] = None,

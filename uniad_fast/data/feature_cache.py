@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from ..errors import UniadFastError
 from ..files import atomic_path, locked, sha256_of_file
+from ..image_size import ImageSize, in_words
 from ..models.backbone import Backbone
 from ..printable import printable
 from ..progress import progress
@@ -70,7 +71,7 @@ def default_cache_dir() -> Path:
 
 def cached_features(
     backbone: Backbone,
-    image_size: int,
+    image_size: ImageSize,
     paths: Sequence[Path],
     cache_dir: str | os.PathLike | None = None,
     description: str = "features",
@@ -91,7 +92,6 @@ def cached_features(
     digests = [_digest(path) for path in paths]
     key = _key(backbone, image_size, paths, digests)
     rows_path, info_path = directory / f"{key}.f32", directory / f"{key}.json"
-
     with _lock(directory, key, info_path) as writable:
         if info_path.exists():
             info, problem = _read_info(rows_path, info_path, key, len(paths), shape)
@@ -293,8 +293,8 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def _key(backbone: Backbone, image_size: int, paths: Sequence[Path], digests: Sequence[str | None]) -> str:
-    hashed = hashlib.sha256(f"{_FORMAT} {backbone.fingerprint()} {image_size}\n".encode())
+def _key(backbone: Backbone, image_size: ImageSize, paths: Sequence[Path], digests: Sequence[str | None]) -> str:
+    hashed = hashlib.sha256(f"{_FORMAT} {backbone.fingerprint()} {in_words(image_size)}\n".encode())
     for path, digest in zip(paths, digests, strict=True):
         hashed.update((digest or f"missing {path}").encode("utf-8", "surrogatepass"))
     return hashed.hexdigest()[:32]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..data.feature_cache import Features, cached_features
 from ..data.samples import DataError, Sample
+from ..image_size import Size, in_json
 from ..models.backbone import Backbone
 from ..models.precision import computes_in_bfloat16
 from ..printable import printable
@@ -48,7 +49,7 @@ class Surroundings:
     backbone_weights: str | os.PathLike | None = None
     quiet: bool = False
 
-    def features(self, backbone: Backbone, image_size: int, samples: Sequence[Sample], what: str) -> Features:
+    def features(self, backbone: Backbone, image_size: Size, samples: Sequence[Sample], what: str) -> Features:
         """Of these samples, from the cache or extracted into it."""
         paths = [sample.path for sample in samples]
         return cached_features(backbone, image_size, paths, self.cache_dir, what, self.quiet)
@@ -100,7 +101,7 @@ def learn(
 
     Args:
         before: a detector to go on from, in a fifth of the steps; its classes must all be among the samples'.
-        roi: bool [image_size, image_size], where images are looked at; None is everywhere, or where `before` does.
+        roi: bool [height, width] of the images, where they are looked at; None is everywhere, or where `before` does.
 
     Raises:
         DataError: fewer than two readable good images, or a class of `before` has none.
@@ -203,7 +204,7 @@ def _train(
     """The training's log. origin: hash of the weights that it goes on from."""
     identity = {
         "features": good.features[0].key,
-        "image_size": settings.image_size,
+        "image_size": in_json(settings.image_size),
         "architecture": dataclasses.asdict(settings.architecture),
         "goes on from": origin,
     }
