@@ -25,7 +25,7 @@ def test_benchmark_image_to_map(benchmark, backbone, batch, device, request, tmp
     if smoke and (batch, backbone) != (1, _SMALL[0]):
         pytest.skip("one case is enough to see that all ways run")
     found = detector(*(_SMALL if smoke else (backbone, 224)))
-    images = torch.rand(batch, 3, found.settings.image_size, found.settings.image_size)
+    images = torch.rand(batch, 3, *found.settings.image_size)
     works = {name: lambda way=way: way(images) for name, way in ways(found, tmp_path).items()}
     benchmark.group = f"image to map, {backbone}, batch {batch}"
     times = benchmark.pedantic(interleaved, (works, 1 if smoke else _ROUNDS), rounds=1)

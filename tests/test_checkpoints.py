@@ -76,7 +76,7 @@ def test_the_public_checkpoint(tmp_path, backbone_tensors, images, easydict, mon
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     monkeypatch.delitem(sys.modules, "easydict")
     detector = checkpoints.load(path)
-    assert isinstance(detector, AnomalyDetector) and detector.settings.image_size == SIDE
+    assert isinstance(detector, AnomalyDetector) and detector.settings.image_size == (SIDE, SIDE)
     assert detector.settings.backbone == "tf_efficientnet_b4" and detector.pipeline.backbone.padded_for == 380
     assert (
         detector.settings.architecture.num_encoder_layers == 2 and detector.settings.architecture.dim_feedforward == 48

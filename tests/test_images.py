@@ -93,7 +93,7 @@ def test_unreadable_files_are_named(tmp_path, kind, monkeypatch):
         read_image(path)
 
 
-def test_to_tensor_resizes_to_the_square():
+def test_to_tensor_resizes():
     tensor = to_tensor(Image.fromarray(grey(RAMP)), 8)
     assert tensor.shape == (3, 8, 8) and tensor.dtype == torch.float32
     assert tensor.min() >= 0 and tensor.max() <= 1 and tensor[0, 0, 0] < tensor[0, -1, -1]

@@ -95,7 +95,7 @@ def test_the_published_choices():
     config["net"][2]["kwargs"]["feature_jitter"] = None
     config["net"][2]["type"] = "uniad_fast.UniAD"
     read = read_config({"net": config["net"]})
-    assert read.backbone == "tf_efficientnet_b4" and read.out_indices == (0, 1, 2, 3) and read.image_size == 224
+    assert read.backbone == "tf_efficientnet_b4" and read.out_indices == (0, 1, 2, 3) and read.image_size == (224, 224)
     assert read.architecture.mask == (False,) * 3 and read.recipe.jitter_scale == 0
     assert read.normalization[0] == (0.485, 0.456, 0.406) and read.recipe.epochs == 1000
 
@@ -107,7 +107,7 @@ def test_the_published_choices():
         (("net", 0, "type"), "models.backbones.vgg", "backbone.type 'models.backbones.vgg' is not known"),
         (("net", 1, "kwargs", "outstrides"), [32], r"outstrides must be \[16\], got \[32\]"),
         (("net", 2, "kwargs", "surplus"), 3, "reconstruction.kwargs.*'surplus'"),
-        (("dataset", "input_size"), [64, 96], "square, got 64 x 96"),
+        (("dataset", "input_size"), [64, 9], r"from 32 to 4096 pixels each, got \(64, 9\)"),
         (("trainer", "optimizer", "type"), "SGD", "must be AdamW, got 'SGD'"),
         (("net",), [], "'backbone' is missing"),
         (("net",), None, "net must be a list of networks"),

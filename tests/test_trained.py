@@ -51,6 +51,7 @@ def put(*path):
         put("settings", "out_indices", [99]), put("settings", "out_indices", "abc"), put("padded_for", -1),
         put("settings", "stride", 0), put("settings", "stride", None), put("settings", "image_size", 6000),
         put("settings", "image_size", 64.5), put("settings", "image_size", True), put("settings", "image_size", 128),
+        put("settings", "image_size", [64, 128]), put("settings", "image_size", [64, 64, 64]),
         put("settings", "seed", "x"), put("settings", "seed", -1), put("settings", "normalization", [1, 2]),
         put("calibration", "threshold", "x"), put("calibration", "threshold", True), put("calibration", {}),
         put("calibration", "surplus", 1), put("classes", "abc"), put("classes", [1]),
@@ -62,7 +63,7 @@ def put(*path):
         put("feature_size", [4, 10**9]), put("feature_size", "ab"), put("version", True), put("version", "3"),
         put("format", None),
     ],
-    ids=range(39),
+    ids=range(41),
 )  # fmt: skip
 def test_bundles_whose_configuration_can_not_be_followed(bundle, tmp_path, change):
     with pytest.raises(BundleError):

@@ -23,7 +23,7 @@ from uniad_fast.models.efficientnet_features import EfficientNetFeatures, defaul
 from uniad_fast.testing import PublicUniAD
 
 ToMaps = Callable[[Tensor], object]
-"""images [B, 3, S, S] in [0, 1] -> anomaly maps."""
+"""images [B, 3, h, w] in [0, 1] -> anomaly maps."""
 _CALIBRATION = 16  # images for int8: speed does not hang on them
 
 
@@ -94,7 +94,7 @@ def _by_hand(detector: AnomalyDetector) -> dict[str, ToMaps]:
     size = detector.settings.image_size
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = openvino.convert_model(_WholeGraph(detector).eval(), example_input=torch.zeros(1, 3, size, size))
+        model = openvino.convert_model(_WholeGraph(detector).eval(), example_input=torch.zeros(1, 3, *size))
     found: dict[str, ToMaps] = {}
     for precision in sorted({plan.precision for plan in plans_here()}):
         request = openvino_request(model, torch.get_num_threads(), precision)
@@ -107,7 +107,7 @@ def _int8(detector: AnomalyDetector, folder: Path) -> ToMaps:
     import nncf
 
     size, pipeline = detector.settings.image_size, detector.pipeline
-    images = np.random.default_rng(0).random((_CALIBRATION, 1, 3, size, size), np.float32)
+    images = np.random.default_rng(0).random((_CALIBRATION, 1, 3, *size), np.float32)
     model = openvino_model(EngineFiles(detector, folder).graph("network"))
     options = {"preset": nncf.QuantizationPreset.MIXED, "model_type": nncf.ModelType.TRANSFORMER}
     made = nncf.quantize(model, nncf.Dataset(list(images)), subset_size=_CALIBRATION, **options)

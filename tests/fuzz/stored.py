@@ -214,7 +214,7 @@ def check_configuration(case) -> None:
         except ConfigError as error:
             assert str(error)
             return
-    assert found.image_size > 0 and np.isfinite(found.normalization).all() and min(found.normalization[1]) > 0
+    assert min(found.image_size) > 0 and np.isfinite(found.normalization).all() and min(found.normalization[1]) > 0
     assert all(t >= 0 for t in found.out_indices) and found.recipe.epochs > 0
 
 

@@ -8,8 +8,9 @@ import typer
 from ..detect.bundle import check_writable
 from ..detect.detector import AnomalyDetector
 from ..errors import UniadFastError
+from ..image_size import in_words
 from ..interop.checkpoints import NotInTensors, load, save
-from .options import CacheDirectory, Device, FalseAlarmRate, Quiet, finish, say
+from .options import CacheDirectory, Device, FalseAlarmRate, ImageSize, Quiet, finish, say
 
 
 def convert(
@@ -27,9 +28,7 @@ def convert(
     config: Annotated[Path | None, typer.Option(help="The public code's config.yaml that belongs to it.")] = None,
     backbone: Annotated[str | None, typer.Option(help="timm name, where it can't be told from the tensors.")] = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="Of a checkpoint that has no backbone.")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=32, help="Side of the images. Default: 16 times the grid.")
-    ] = None,
+    image_size: ImageSize = None,
     heads: Annotated[
         int | None, typer.Option(min=1, help="Attention heads, which tensors do not tell. Default: 8.")
     ] = None,
@@ -43,7 +42,8 @@ def convert(
 ) -> None:
     """Turn a checkpoint into a bundle that scores images as the original does, or a bundle into a checkpoint.
 
-    A converted detector has no threshold until it has seen good images: give some with --good.
+    A converted detector has no threshold until it has seen good images: give some with --good. It sees images of 16
+    times its grid, unless --image-size says another size that gives this grid.
     """
     if to is None:
         check_writable(output)
@@ -88,7 +88,7 @@ def _described(detector: AnomalyDetector) -> str:
     pipeline = detector.pipeline
     backbone, (height, width) = pipeline.backbone, pipeline.model.feature_size
     padding = f", padded for {backbone.padded_for} pixels" if backbone.padded_for else ""
-    what = f"{backbone.name}{padding}, {height} x {width} tokens, {pipeline.image_size} pixels\n"
+    what = f"{backbone.name}{padding}, {height} x {width} tokens, {in_words(pipeline.image_size)} pixels\n"
     if detector.is_calibrated:
         return what + f"threshold {detector.calibration.threshold.value:.4f}"
     return what + "it has no threshold: give good images with --good, or score with --threshold"

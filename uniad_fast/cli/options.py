@@ -21,6 +21,7 @@ from ..data.samples import Dataset
 from ..detect.detector import AnomalyDetector
 from ..detect.results import table
 from ..errors import UniadFastError
+from ..image_size import Size, read_size
 from ..printable import printable, printable_lines
 from ..signals import Stopped, noted
 from ..training.processes import current, joined, started_as
@@ -68,6 +69,23 @@ EngineName = Annotated[
 EnginePrecision = Annotated[
     Literal["float32", "bfloat16"],
     typer.Option("--engine-precision", help="bfloat16 is faster where the processor has it; close verdicts change."),
+]
+
+
+def _read_image_size(text: Any) -> Size:
+    try:
+        return read_size(str(text))
+    except UniadFastError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+ImageSize = Annotated[
+    Any,  # typer would take a pair for two words, and knows no choice of types
+    typer.Option(
+        parser=_read_image_size,
+        metavar="SIDE|HEIGHTxWIDTH",
+        help="Pixels that images are resized to: the side of a square, or height and width, such as 256x512.",
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of everything that is drawn.")]
 Roi = Annotated[Path | None, typer.Option(metavar="MASK", help="Picture that is black where images are not looked at.")]

@@ -20,6 +20,7 @@ from ..signals import Stopped
 from ..training.processes import current, restarted
 from ..training.recipes import RECIPES
 from ..training.run_files import ResumeError
+from . import train_options as options
 from .options import (
     AllGood,
     CacheDirectory,
@@ -29,11 +30,11 @@ from .options import (
     FalseAlarmRate,
     ImageRoot,
     ImageScore,
+    ImageSize,
     MaxPixels,
     NoCache,
     Quiet,
     RecipeName,
-    ResidualScore,
     Roi,
     Seed,
     cache_of,
@@ -53,53 +54,34 @@ _TRAINING, _LOCK = "uniad_fast training", "lock"
 _IN_TRAINING = {_TRAINING, _LOCK, "checkpoint.pt", "log.csv"}
 
 
-_AddTo = Annotated[
-    Path | None, typer.Option(metavar="BUNDLE", help="Go on from this bundle; DATA has its classes and new ones.")
-]
-
-_ImageSize = Annotated[int, typer.Option(min=32, help="Side in pixels of the square that images are resized to.")]
-_Logger = Annotated[
-    Literal["tensorboard"] | None, typer.Option(help="Also log to BUNDLE.tensorboard, for TensorBoard.")
-]
-
-
 def train(
     context: typer.Context,
     data: DataArgument,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Folder to write the trained detector to.")
-    ],
+    output: options.Output,
     recipe: Annotated[RecipeName, typer.Option(help="How to train.")] = "fast",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
-    backbone: Annotated[str, typer.Option(help="Any timm model that gives features.")] = "tf_efficientnet_b4",
-    backbone_weights: Annotated[
-        Path | None, typer.Option(help="Its weights: .pth or .safetensors, timm's or EfficientNet-PyTorch's names.")
-    ] = None,
-    image_size: _ImageSize = 224,
-    residual_score: Annotated[
-        ResidualScore | None, typer.Option(help="How a residual becomes a number. Default: the recipe's.")
-    ] = None,
+    epochs: options.Epochs = None,
+    backbone: options.Backbone = "tf_efficientnet_b4",
+    backbone_weights: options.BackboneWeights = None,
+    image_size: ImageSize = "224",
+    residual_score: options.ResidualScoreOrNone = None,
     image_score: Annotated[
         ImageScore, typer.Option(help="How a map becomes the image's score; mean suits defects all over the image.")
     ] = "max",
     false_alarm_rate: FalseAlarmRate = 0.01,
-    held_out: Annotated[float, typer.Option(help="Share of the good images that the network is not trained on.")] = 0.1,
+    held_out: options.HeldOut = 0.1,
     roi: Roi = None,
-    add_to: _AddTo = None,
+    add_to: options.AddTo = None,
     seed: Seed = 0,
-    logger: _Logger = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of this command.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw an interrupted run away.")] = False,
+    logger: options.Logger = None,
+    resume: options.Resume = False,
+    restart: options.Restart = False,
     all_good: AllGood = False,
     image_root: ImageRoot = None,
     max_pixels: MaxPixels = None,
     cache: CacheDirectory = None,
     no_cache: NoCache = False,
     cache_precision: CachePrecision = "float32",
-    sampling: Annotated[
-        Literal["all", "balanced"],
-        typer.Option(help="balanced: every class as often as any other, however many images it has."),
-    ] = "all",
+    sampling: options.Sampling = "all",
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
@@ -109,7 +91,6 @@ def train(
     network, and go on by themselves when torchrun starts them again. Exit code: 0 done, 2 an error, 3 done without
     some images that could not be read, 128 + n stopped by a signal.
     """
-    resume = resume or restarted()
     if resume and restart:
         raise UniadFastError("--resume goes on with a run and --restart drops it: give one of them")
     if add_to is not None:
@@ -127,7 +108,8 @@ def train(
     if not dataset.train:
         raise DataError(f"{data} has no good image to learn from")
     show_data(dataset)
-    fit_and_save(detector, dataset, output, resume, restart, quiet, logger)
+    again = restarted()  # by torchrun, which gives the same command
+    fit_and_save(detector, dataset, output, resume or again, restart and not again, quiet, logger)
     if dataset.test:
         _say_how_to_test(output, data, image_root)
     finish(detector.unreadable)

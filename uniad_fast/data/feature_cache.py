@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ..errors import UniadFastError
 from ..files import locked, sweep
+from ..image_size import ImageSize
 from ..models.backbone import Backbone
 from ..printable import printable
 from ..progress import progress
@@ -58,7 +59,7 @@ def default_cache_dir() -> Path:
 
 def cached_features(
     backbone: Backbone,
-    image_size: int,
+    image_size: ImageSize,
     paths: Sequence[Path],
     cache_dir: str | os.PathLike | None = None,
     description: str = "features",
@@ -86,7 +87,7 @@ class _Extraction:
     """The features of some images, as far as they are in a folder."""
 
     def __init__(
-        self, backbone: Backbone, image_size: int, paths: Sequence[Path], directory: Path, precision: str
+        self, backbone: Backbone, image_size: ImageSize, paths: Sequence[Path], directory: Path, precision: str
     ) -> None:
         self.backbone, self.image_size, self.paths, self.precision = backbone, image_size, paths, precision
         height, width = backbone.feature_size(image_size)

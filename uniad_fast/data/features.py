@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..files import sha256_of_file
+from ..image_size import ImageSize, in_words
 from ..models.backbone import Backbone
 from ..rows import TokenRows
 from .feature_shards import PRECISIONS
@@ -72,10 +73,10 @@ def digest(path: Path) -> str | None:
 
 
 def key_of(
-    backbone: Backbone, image_size: int, precision: str, paths: Sequence[Path], digests: Sequence[str | None]
+    backbone: Backbone, image_size: ImageSize, precision: str, paths: Sequence[Path], digests: Sequence[str | None]
 ) -> str:
     kept_in = "" if precision == "float32" else f" {precision}"
-    hashed = hashlib.sha256(f"{_FORMAT} {backbone.fingerprint()} {image_size}{kept_in}\n".encode())
+    hashed = hashlib.sha256(f"{_FORMAT} {backbone.fingerprint()} {in_words(image_size)}{kept_in}\n".encode())
     for path, digest in zip(paths, digests, strict=True):
         hashed.update((digest or f"missing {path}").encode("utf-8", "surrogatepass"))
     return hashed.hexdigest()[:32]

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..image_size import ImageSize, size_of
 from ..printable import printable
 from .images import ImageLike, UnreadableImage, as_image, decode, pixels_of, read_bytes, to_tensor
 
@@ -38,7 +39,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Some images, read: `images` [len(used), 3, S, S]; `used` are positions among the `size` paths asked for.
+    """Some images, read: `images` [len(used), 3, height, width]; `used` are positions among the `size` paths asked for.
 
     sizes: (height, width) in pixels of the upright images of `used`.
     pictures: these images, where they were asked for.
@@ -67,7 +68,7 @@ class _Read(NamedTuple):
 
 def read_batches(
     images: Sequence[ImageLike],
-    image_size: int,
+    image_size: ImageSize,
     batch_size: int = BATCH,
     *,
     digests: Sequence[str | None] | None = None,
@@ -77,6 +78,7 @@ def read_batches(
 
     Args:
         images: files, or what is in memory already, see `as_image`.
+        image_size: (height, width) that they are resized to, or the side of a square.
         digests: the SHA-256 that each file should have; one that has another has changed meanwhile, and is a failure.
         keep_pictures: give the decoded images too. Where they are large, a batch has fewer, and less is read ahead,
             so that memory stays bounded.
@@ -121,16 +123,16 @@ def read_batches(
                 future.cancel()
 
 
-def _decoded(image: Image.Image, image_size: int, keep: bool, pixels: int, opened: float) -> _Read:
+def _decoded(image: Image.Image, image_size: ImageSize, keep: bool, pixels: int, opened: float) -> _Read:
     size, note = (image.height, image.width), image.info.get("note")
     return _Read(to_tensor(image, image_size), size, image if keep else None, note, pixels, opened)
 
 
-def _batch(results: Sequence[_Read | Failure], image_size: int) -> ImageBatch:
+def _batch(results: Sequence[_Read | Failure], image_size: ImageSize) -> ImageBatch:
     read = {position: result for position, result in enumerate(results) if not isinstance(result, Failure)}
     tensors = [one.tensor for one in read.values()]
     return ImageBatch(
-        torch.stack(tensors) if tensors else torch.zeros(0, 3, image_size, image_size),
+        torch.stack(tensors) if tensors else torch.zeros(0, 3, *size_of(image_size)),
         list(read),
         [replace(result, position=i) for i, result in enumerate(results) if isinstance(result, Failure)],
         len(results),

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import UniadFastError
+from ..image_size import ImageSize, size_of
 from ..printable import printable
 
 ImageLike = str | os.PathLike | Image.Image | NDArray | Tensor
@@ -67,7 +68,7 @@ def pixels_of(content: bytes) -> int:
         return 0
 
 
-def image_size(path: str | os.PathLike) -> tuple[tuple[int, int], int]:
+def stored_size(path: str | os.PathLike) -> tuple[tuple[int, int], int]:
     """(width and height as stored, EXIF orientation) of an image file, without decoding it.
 
     Raises:
@@ -186,7 +187,8 @@ def as_image(image: ImageLike) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
 
-def to_tensor(image: Image.Image, size: int) -> Tensor:
-    """An RGB image as float32 [3, size, size] in [0, 1], resized to the square (bilinear, antialiased)."""
-    resized = image.resize((size, size), Image.Resampling.BILINEAR)
+def to_tensor(image: Image.Image, image_size: ImageSize) -> Tensor:
+    """An RGB image as float32 [3, height, width] in [0, 1], resized to that size (bilinear, antialiased)."""
+    height, width = size_of(image_size)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255

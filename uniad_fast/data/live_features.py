@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UniadFastError
+from ..image_size import ImageSize
 from ..models.backbone import Backbone
 from ..models.prepared import prepared
 from ..printable import printable
@@ -20,7 +21,7 @@ from .image_batches import Failure, ImageBatch, read_batches
 
 
 def live_features(
-    backbone: Backbone, image_size: int, paths: Sequence[Path], description: str = "features", quiet: bool = False
+    backbone: Backbone, image_size: ImageSize, paths: Sequence[Path], description: str = "features", quiet: bool = False
 ) -> Features:
     """Features of the images at `paths`, in order, each extracted when it is read.
 
@@ -52,7 +53,7 @@ def live_features(
 class LiveFeatures:
     """Rows [images, N, C] of float32, each an image's features, extracted when they are asked for."""
 
-    def __init__(self, backbone: Backbone, image_size: int, paths: Sequence[Path]) -> None:
+    def __init__(self, backbone: Backbone, image_size: ImageSize, paths: Sequence[Path]) -> None:
         self._backbone, self._image_size, self._paths = prepared(backbone), image_size, paths
         height, width = backbone.feature_size(image_size)
         self.shape = (len(paths), height * width, backbone.channels)

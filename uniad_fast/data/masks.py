@@ -8,22 +8,24 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from ..errors import UniadFastError
+from ..image_size import ImageSize, Size, size_of
 from ..printable import printable
 from .image_files import list_images
-from .images import EXIF_ORIENTATION, UnreadableImage, image_size, naming, open_image, read_bytes
+from .images import EXIF_ORIENTATION, UnreadableImage, naming, open_image, read_bytes, stored_size
 
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
-def read_mask(path: str | os.PathLike, size: int, image: str | os.PathLike | None = None) -> NDArray:
-    """A ground-truth mask as bool [size, size], True where it is defective: where any colour is not black.
+def read_mask(path: str | os.PathLike, image_size: ImageSize, image: str | os.PathLike | None = None) -> NDArray:
+    """A ground-truth mask as bool [height, width], True where it is defective: where any colour is not black.
 
     What is see-through is not marked. Formats that blur edges (JPEG and the like) count from half of the range on. A
     folder stands for all the masks in it, together. Resized to the nearest sample, and, where that would leave nothing
     of thin defects, to any sample that is marked.
 
     Args:
+        image_size: (height, width), or the side of a square.
         image: the image file that it belongs to, whose proportions it must have, and which it is turned like.
 
     Raises:
@@ -33,10 +35,11 @@ def read_mask(path: str | os.PathLike, size: int, image: str | os.PathLike | Non
     parts = list_images(path) if path.is_dir() else [path]
     if not parts:
         raise UnreadableImage(f"{printable(path)}: a folder of masks without one")
-    whole = np.zeros((size, size), dtype=bool)
+    size = size_of(image_size)
+    whole = np.zeros(size, dtype=bool)
     for part in parts:
         marked = _marked(part)
-        whole |= _to_square(marked if image is None else _turned_like(marked, part, image), size)
+        whole |= _resized(marked if image is None else _turned_like(marked, part, image), size)
     return whole
 
 
@@ -57,7 +60,7 @@ def _marked(path: Path) -> NDArray:
 
 def _turned_like(marked: NDArray, path: Path, image: str | os.PathLike) -> NDArray:
     """The mask as the upright image lies; masks are mostly drawn on that, some on the image as stored."""
-    (width, height), orientation = image_size(image)
+    (width, height), orientation = stored_size(image)
     upright = (width, height) if orientation in _SIDEWAYS else (height, width)
     if marked.shape == upright or orientation == 1:
         turned = marked
@@ -76,34 +79,37 @@ def _turned_like(marked: NDArray, path: Path, image: str | os.PathLike) -> NDArr
     return turned
 
 
-def read_roi(roi: str | os.PathLike | NDArray, size: int) -> NDArray:
-    """Where images are looked at, as bool [size, size]: a mask, stretched over the images, True where it is not black.
+def read_roi(roi: str | os.PathLike | NDArray, image_size: ImageSize) -> NDArray:
+    """Where images are looked at, as bool [height, width]: a mask, stretched over the images, True where it is not
+    black.
 
     Args:
-        roi: its file, or an array [height, width].
+        roi: its file, or an array of any height and width.
+        image_size: (height, width), or the side of a square.
 
     Raises:
         UnreadableImage: the file can't be read.
         UniadFastError: an array of another shape, or nothing is left.
     """
     if isinstance(roi, (str, os.PathLike)):
-        looked_at, what = read_mask(roi, size), printable(roi)
+        looked_at, what = read_mask(roi, image_size), printable(roi)
     else:
         array, what = np.asarray(roi), "the mask"
         if array.ndim != 2 or 0 in array.shape:
             raise UniadFastError(f"a mask is an array [height, width], got one of shape {array.shape}")
-        looked_at = _to_square(array != 0, size)
+        looked_at = _resized(array != 0, size_of(image_size))
     if not looked_at.any():
         raise UniadFastError(f"{what} is black everywhere: nothing of an image would be looked at")
     return looked_at
 
 
-def _to_square(marked: NDArray, size: int) -> NDArray:
+def _resized(marked: NDArray, size: Size) -> NDArray:
+    height, width = size
     mask = Image.fromarray(marked.astype(np.uint8))
-    nearest = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
+    nearest = np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)) > 0
     if nearest.any() or not marked.any():
         return nearest
-    thin = np.zeros((size, size), dtype=bool)
+    thin = np.zeros(size, dtype=bool)
     rows, cols = np.nonzero(marked)
-    thin[rows * size // marked.shape[0], cols * size // marked.shape[1]] = True
+    thin[rows * height // marked.shape[0], cols * width // marked.shape[1]] = True
     return thin

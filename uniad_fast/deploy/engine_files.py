@@ -22,6 +22,7 @@ from .. import __version__
 from ..data.feature_cache import CacheError, default_cache_dir
 from ..detect.detector import AnomalyDetector
 from ..files import atomic_path, locked, sha256_of_file
+from ..image_size import in_json, in_words
 from ..state_dicts import hash_of_state_dict
 from .export import onnx_model, quiet
 from .graph import ResidualGraph
@@ -57,9 +58,9 @@ class EngineFiles:
         told: dict[str, Any] = {
             name: settings[name] for name in ("backbone", "image_size", "architecture", "recipe", "residual_score")
         }
-        backbone = self._pipeline.backbone
+        backbone, size = self._pipeline.backbone, in_json(self._pipeline.image_size)
         told["levels"] = [backbone.out_indices, backbone.stride, backbone.padded_for]
-        told["sizes"] = [self._pipeline.image_size, self._pipeline.model.feature_size, self._pipeline.precision]
+        told["sizes"] = [size, self._pipeline.model.feature_size, self._pipeline.precision]
         told["versions"] = {name: _version(name) for name in ("torch", "onnx", "onnxscript")} | {"own": __version__}
         text = f"{hash_of_state_dict(state)} {json.dumps(told, sort_keys=True, default=str)}"
         return _home(self._cache_dir) / hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -84,7 +85,7 @@ class EngineFiles:
     def remember(self, rows: list[dict[str, Any]]) -> None:
         """Keep these rows for this machine as it is, if there is a place for them."""
         content: dict[str, Any] = {"machine": machine(), "rows": rows, "backbone": self._pipeline.backbone.name}
-        content["size"] = self._pipeline.image_size
+        content["size"] = in_words(self._pipeline.image_size)
         with contextlib.suppress(OSError, CacheError):
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_path(self._table_file()) as partial:
@@ -104,7 +105,7 @@ class EngineFiles:
     def _write_graphs(self) -> None:
         import onnx
 
-        example = torch.zeros(2, 3, self._pipeline.image_size, self._pipeline.image_size)
+        example = torch.zeros(2, 3, *self._pipeline.image_size)
         batch = {"images": {0: torch.export.Dim("batch")}}
         with torch.no_grad(), quiet():
             program = torch.export.export(ResidualGraph(self._pipeline).eval(), (example,), dynamic_shapes=batch)

@@ -21,6 +21,7 @@ from .. import __version__
 from ..detect.trained import Trained
 from ..errors import UniadFastError
 from ..files import atomic_path
+from ..image_size import in_json
 from ..packages import require
 from ..state_dicts import hash_of_state_dict
 from .graph import INNER, OUTPUTS, DetectorGraph
@@ -64,7 +65,7 @@ def export_detector(
     _check_choices(trained, path, format, precision, images, bool(good))
     graph = DetectorGraph(trained, inner=precision == "int8").eval()
     size = trained.settings.image_size
-    example = torch.zeros(2, 3, size + 3, size + 5)
+    example = torch.zeros(2, 3, size[0] + 3, size[1] + 5)
     if images == "uint8":
         example = example.to(torch.uint8)
     any_size = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
@@ -125,7 +126,7 @@ def _metadata(trained: Trained, precision: str, images: str) -> dict[str, Any]:
         "uniad_fast": __version__,
         "bundle": hash_of(trained),
         "classes": list(trained.names),
-        "image_size": trained.settings.image_size,
+        "image_size": in_json(trained.settings.image_size),
         "threshold": calibration.threshold.value,
         "false_alarm_rate": calibration.threshold.rate,
         "pixel_threshold": calibration.pixel_threshold,

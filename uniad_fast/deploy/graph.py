@@ -1,6 +1,6 @@
 """A whole detector as one module of plain PyTorch operators: what is exported.
 
-B images, S image_size, H x W feature map.
+B images, brought to h x w, H x W feature map.
 """
 
 import copy
@@ -14,14 +14,15 @@ from ..detect.good_gaussians import GoodGaussians
 from ..detect.pipeline import Pipeline
 from ..detect.residual_score import image_scores
 from ..detect.trained import Trained
+from ..image_size import ImageSize, size_of
 
 OUTPUTS = ("score", "defective", "class", "score_map", "anomaly_map")
 """What an exported detector gives: score [B], standard deviations above the median of good images; bool [B], whether
 that is above the threshold; int64 [B], the class recognized, -1 where none is for sure; [B, H, W], scores of places on
-the scale of the maps; [B, S, S], the same enlarged."""
+the scale of the maps; [B, h, w], the same enlarged."""
 
-INNER = ("square", "residual")
-"""Between those two lies what is quantized: images [B, 3, S, S], and what the network left of their features."""
+INNER = ("resized", "residual")
+"""Between those two lies what is quantized: images [B, 3, h, w], and what the network left of their features."""
 
 
 class DetectorGraph(nn.Module):
@@ -55,8 +56,8 @@ class DetectorGraph(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         pipeline = self.pipeline
-        square = resized(images, pipeline.image_size)
-        tokens, residual = _residual(pipeline, square)
+        small = resized(images, pipeline.image_size)
+        tokens, residual = _residual(pipeline, small)
         raw, fields = score_maps(pipeline, tokens, residual, self.owners)
         maps = pipeline.enlarge(raw)
         score = self._scaled(image_scores(maps, self.image_score), 0, fields)
@@ -68,7 +69,7 @@ class DetectorGraph(nn.Module):
             classes,
             self._scaled(raw, 1, fields),
             self._scaled(maps, 1, fields),
-            *((square, residual) if self.inner else ()),
+            *((small, residual) if self.inner else ()),
         )
 
     def _scaled(self, raw: Tensor, which: int, fields: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ class DetectorGraph(nn.Module):
 
 
 class ResidualGraph(nn.Module):
-    """images [B, 3, S, S], float in [0, 1] -> features [B, N, C] and their residual [B, N, C]: what takes time.
+    """images [B, 3, h, w], float in [0, 1] -> features [B, N, C] and their residual [B, N, C]: what takes time.
 
     It shares the detector's tensors, and changes nothing in it.
     """
@@ -109,7 +110,7 @@ def score_maps(pipeline: Pipeline, tokens: Tensor, residual: Tensor, owners: Ten
 
 
 def _residual(pipeline: Pipeline, images: Tensor) -> tuple[Tensor, Tensor]:
-    """images [B, 3, S, S] in [0, 1] -> features and their residual, [B, N, C] each."""
+    """images [B, 3, h, w] in [0, 1] -> features and their residual, [B, N, C] each."""
     tokens = pipeline.backbone(images).flatten(2).transpose(1, 2)
     target = (tokens - pipeline.mean) / pipeline.std
     return tokens, pipeline.model.reconstruct(target) - target
@@ -134,15 +135,16 @@ def owners_of(gaussians: GoodGaussians) -> Tensor:
     return torch.repeat_interleave(torch.arange(gaussians.fields), gaussians.ranks.cpu())
 
 
-def resized(images: Tensor, size: int) -> Tensor:
-    """images [B, 3, height, width], uint8 or float in [0, 1] -> float [B, 3, size, size] in [0, 1].
+def resized(images: Tensor, image_size: ImageSize) -> Tensor:
+    """images [B, 3, height, width], uint8 or float in [0, 1] -> float [B, 3, h, w] in [0, 1].
 
     Bilinear and antialiased as Pillow does it, columns first, rounded to 8 bits after each pass. Engines differ in how
     they resize, or have no antialiasing, so both passes are products with the filter's weights.
     """
     levels = images.float() if images.dtype == torch.uint8 else images * 255.0
-    levels = _rounded(levels @ _filter(images.shape[3], size).T)
-    return _rounded(_filter(images.shape[2], size) @ levels) / 255.0
+    h, w = size_of(image_size)
+    levels = _rounded(levels @ _filter(images.shape[3], w).T)
+    return _rounded(_filter(images.shape[2], h) @ levels) / 255.0
 
 
 def _filter(length: int, size: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..detect.detector import AnomalyDetector
 from ..detect.prediction import Prediction
 from ..errors import UniadFastError
+from ..image_size import in_words
 
 
 class QueueFull(UniadFastError):
@@ -69,7 +70,7 @@ class MicroBatches:
         return self._queue.qsize()
 
     def submit(self, image: Tensor, size: tuple[int, int], class_name: str | None = None) -> "Future[Scored]":
-        """An image [3, S, S] in [0, 1], and the (height, width) that it had.
+        """An image [3, h, w] in [0, 1], resized to the detector's size, and the (height, width) that it had.
 
         Args:
             class_name: None where it is to be recognized. The future fails with UnknownClass where it is not known.
@@ -93,7 +94,7 @@ class MicroBatches:
         Raises:
             UniadFastError: it takes others.
         """
-        before, after = self.detector.settings.image_size, detector.settings.image_size
+        before, after = (in_words(one.settings.image_size) for one in (self.detector, detector))
         if before != after:
             raise UniadFastError(f"the new detector takes images of {after} pixels, this one {before}: start anew")
         self.detector = detector

@@ -62,9 +62,9 @@ def compare(detector: AnomalyDetector, exported: ExportedDetector, paths: Sequen
         UnreadableImage: one of them can't be read.
     """
     pictures = [read_image(path) for path in paths]
-    side = detector.settings.image_size
-    square = [picture.resize((side, side), Image.Resampling.BILINEAR) for picture in pictures]
-    return [_compared(detector, exported, batch, own) for batch, own in zip(BATCHES, (pictures, square), strict=True)]
+    height, width = detector.settings.image_size
+    small = [picture.resize((width, height), Image.Resampling.BILINEAR) for picture in pictures]
+    return [_compared(detector, exported, batch, own) for batch, own in zip(BATCHES, (pictures, small), strict=True)]
 
 
 def _compared(
@@ -83,8 +83,8 @@ def _compared(
             labels += bool(theirs["defective"][row]) != ours.label
             number = int(theirs["class"][row])
             classes += (names[number] if 0 <= number < len(names) else None) != ours.class_name
-    side = detector.settings.image_size
-    resized = any(picture.size != (side, side) for picture in pictures)
+    size = detector.settings.image_size
+    resized = any((picture.height, picture.width) != size for picture in pictures)
     return Parity(batch, len(pictures), max(scores), largest, float(np.median(scores)), labels, classes, resized)
 
 

@@ -45,7 +45,7 @@ def plans_here() -> list[Plan]:
 
 
 def runner(plan: Plan, pipeline: Pipeline, files: EngineFiles) -> Measure:
-    """Measures images [B, 3, S, S] in [0, 1] as `Pipeline.measure` does, by the plan."""
+    """Measures images [B, 3, h, w] in [0, 1] as `Pipeline.measure` does, by the plan."""
     if plan.engine == "torch":
         backbone = prepared(pipeline.backbone, plan.precision)
         run = lambda images: [backbone(images).flatten(2).transpose(1, 2)]  # noqa: E731

@@ -8,12 +8,13 @@ import numpy as np
 
 from ..data.image_batches import read_batches
 from ..errors import UniadFastError
+from ..image_size import Size
 from .graph import INNER
 
 _IMAGES = 256
 
 
-def quantized(model: Any, image_size: int, good: Sequence[str | os.PathLike]) -> Any:
+def quantized(model: Any, image_size: Size, good: Sequence[str | os.PathLike]) -> Any:
     """A copy of an `openvino.Model` of `DetectorGraph` with the outputs `INNER`, which it has no more.
 
     Resize and scores stay as they are: the one would lose levels of grey, the others are squares of small numbers.

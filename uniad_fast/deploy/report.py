@@ -21,6 +21,7 @@ from ..detect.heatmap import COLORS
 from ..detect.score_files import ScoredImage, score_files
 from ..errors import UniadFastError
 from ..files import atomic_path
+from ..image_size import in_words
 from ..printable import printable
 
 _SIDES = ((300, 384), (1500, 256))  # so many images at most: pixels of a thumbnail's longer side
@@ -89,8 +90,8 @@ def write_report(
         raise DataError("no image could be read" + "".join(f"\n  {message}" for message in unreadable[:10]))
     content = _content(detector, rows, classes, kinds)
     about = (
-        f"{detector.settings.backbone} at {detector.settings.image_size} pixels; {len(rows)} images; scores in "
-        f"standard deviations of good images; the detector's threshold promises {content['rate']:.1%} false alarms"
+        f"{detector.settings.backbone} at {in_words(detector.settings.image_size)} pixels; {len(rows)} images; scores "
+        f"in standard deviations of good images; the detector's threshold promises {content['rate']:.1%} false alarms"
     )
     page = _rendered(title, about, content)
     with atomic_path(path) as partial:

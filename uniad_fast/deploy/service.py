@@ -28,6 +28,7 @@ from ..data.images import decode, pixels_of, to_tensor
 from ..detect.detector import AnomalyDetector
 from ..detect.heatmap import heat_map
 from ..errors import UniadFastError
+from ..image_size import Size
 from ..printable import printable
 from .micro_batches import MicroBatches, QueueFull, Scored, UnknownClass
 from .service_metrics import ServiceMetrics
@@ -94,8 +95,8 @@ class Service:
             raise UniadFastError(f"{self._bundle} has no threshold: set one first with uniad-fast calibrate")
         if self._prepare is not None:
             self._prepare(detector)
-        side = detector.settings.image_size
-        detector.predict(Image.new("RGB", (side, side)))  # the first call builds and loads what later ones use
+        height, width = detector.settings.image_size
+        detector.predict(Image.new("RGB", (width, height)))  # the first call builds and loads what later ones use
         return detector
 
     def reload(self) -> bool:
@@ -170,10 +171,10 @@ class Service:
         self, name: str, content: bytes, class_name: str | None, with_map: bool, regions: bool
     ) -> ImageResult:
         loop = asyncio.get_running_loop()
-        side = self.batches.detector.settings.image_size
+        image_size = self.batches.detector.settings.image_size
         pixels = await self._let_in(name, content)
         try:
-            read = await loop.run_in_executor(self.pool, _decoded, name, content, side, with_map)
+            read = await loop.run_in_executor(self.pool, _decoded, name, content, image_size, with_map)
             scored = await asyncio.wrap_future(self.batches.submit(read.tensor, read.size, class_name))
         except QueueFull as error:
             raise HTTPException(429, str(error), _TOO_MANY) from None
@@ -221,7 +222,7 @@ class Service:
 
 
 class _Read(NamedTuple):
-    """An image for the detector: [3, S, S], its (height, width), the picture where it is to be drawn on, a remark."""
+    """An image for the detector: [3, h, w], the (height, width) that it had, the picture to draw on, a remark."""
 
     tensor: Tensor
     size: tuple[int, int]
@@ -229,10 +230,10 @@ class _Read(NamedTuple):
     note: str | None
 
 
-def _decoded(name: str, content: bytes, side: int, keep: bool) -> _Read:
+def _decoded(name: str, content: bytes, image_size: Size, keep: bool) -> _Read:
     picture = decode(content, name)
     size = (picture.height, picture.width)
-    return _Read(to_tensor(picture, side), size, picture if keep else None, picture.info.get("note"))
+    return _Read(to_tensor(picture, image_size), size, picture if keep else None, picture.info.get("note"))
 
 
 async def _images_of(request: Request, body: bytes, most: int) -> list[tuple[str, bytes]]:

@@ -17,6 +17,7 @@ from ..data.images import ImageLike, UnreadableImage
 from ..data.masks import read_roi
 from ..data.samples import Sample
 from ..errors import UniadFastError
+from ..image_size import ImageSize, checked_size
 from ..models.backbone import Backbone
 from ..models.placement import usable_device, usable_impl
 from ..models.uniad import UniAD
@@ -39,7 +40,7 @@ class AnomalyDetector:
 
     Args:
         backbone: timm model whose frozen features are used; "tf_efficientnet_b4" is the paper's.
-        image_size: side in pixels of the square that every image is resized to.
+        image_size: (height, width) in pixels that every image is resized to, or the side of a square.
         backbone_weights: weight file, see `Backbone.pretrained`.
         device: torch device; None takes a GPU if there is one.
         impl: implementation of the model's ops, see `uniad_fast.ops.neighbor_masked_attention`.
@@ -60,7 +61,7 @@ class AnomalyDetector:
     def __init__(
         self,
         backbone: str = "tf_efficientnet_b4",
-        image_size: int = 224,
+        image_size: ImageSize = 224,
         *,
         backbone_weights: str | os.PathLike | None = None,
         device: str | torch.device | None = None,
@@ -68,7 +69,7 @@ class AnomalyDetector:
         cache_dir: str | os.PathLike | Literal[False] | None = None,
         **settings: Any,
     ) -> None:
-        self.settings = DetectorSettings(backbone, image_size, **settings)
+        self.settings = DetectorSettings(backbone, checked_size(image_size), **settings)
         self.backbone_weights = backbone_weights
         self.device, self.impl = usable_device(device), usable_impl(impl)
         self.cache_dir = cache_dir
@@ -80,8 +81,7 @@ class AnomalyDetector:
     @classmethod
     def from_settings(cls, settings: DetectorSettings, **options: Any) -> "AnomalyDetector":
         """An untrained detector with these settings; options are other arguments of `AnomalyDetector`."""
-        values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-        return cls(**(values | options))
+        return cls(**(vars(settings) | options))
 
     @classmethod
     def from_config(cls, config: str | os.PathLike | Mapping[str, Any], **options: Any) -> "AnomalyDetector":
@@ -241,7 +241,7 @@ class AnomalyDetector:
         return predictions
 
     def measure(self, images: Tensor, told: Sequence[int | None] | None = None) -> Measured:
-        """images [B, 3, S, S] in [0, 1] by the engine that is set, as `Pipeline.measure` does it."""
+        """images [B, 3, h, w] in [0, 1] by the engine that is set, as `Pipeline.measure` does it."""
         return (self.engine or self.pipeline.measure)(images, told)
 
     def judge(
@@ -251,7 +251,7 @@ class AnomalyDetector:
         threshold: float | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
     ) -> list[Prediction]:
-        """What raw anomaly maps [B, S, S] say of their images; a score that is not finite is for the caller to refuse.
+        """What raw anomaly maps [B, h, w] say of their images; a score that is not finite is for the caller to refuse.
 
         Args: as of `judge_maps`, but fields may be None for the last, and a threshold of None is the detector's own.
         """

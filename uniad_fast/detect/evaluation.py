@@ -197,7 +197,7 @@ class _MapsAndMasks:
         size = self._pipeline.image_size
         for item in list(self._items):
             sample, score_map = item
-            mask = np.zeros((size, size), dtype=bool)
+            mask = np.zeros(size, dtype=bool)
             if sample.mask is not None:
                 try:
                     mask = read_mask(sample.mask, size, sample.path)

@@ -20,6 +20,7 @@ from ..data.feature_cache import NoRoom, cached_features
 from ..data.features import Features
 from ..data.live_features import live_features
 from ..data.samples import DataError, Sample
+from ..image_size import in_json
 from ..models.backbone import Backbone
 from ..models.precision import computes_in_bfloat16
 from ..printable import printable
@@ -117,7 +118,7 @@ def learn(
 
     Args:
         before: a detector to go on from, in a fifth of the steps; its classes must all be among the samples'.
-        roi: bool [image_size, image_size], where images are looked at; None is everywhere, or where `before` does.
+        roi: bool [height, width] of the images, where they are looked at; None is everywhere, or where `before` does.
 
     Raises:
         DataError: fewer than two readable good images, or a class of `before` has none.
@@ -238,14 +239,14 @@ def _train(
     """The training's log. origin: hash of the weights that it goes on from."""
     identity = {
         "features": good.features[0].key,
-        "image_size": settings.image_size,
+        "image_size": in_json(settings.image_size),
         "architecture": dataclasses.asdict(settings.architecture),
         "goes on from": origin,
     }
     with contextlib.ExitStack() as stack:
         directory = run.work_dir or stack.enter_context(tempfile.TemporaryDirectory())
         files = RunFiles(directory, identity, run.resume, run.checkpoint_seconds, run.events, current(), where.quiet)
-        options = {"validation": good.parts[1], "classes": good.numbers[: len(good.parts[0])]}
+        options: dict[str, Any] = {"validation": good.parts[1], "classes": good.numbers[: len(good.parts[0])]}
         try:
             train_pipeline(pipeline, good.parts[0], recipe, settings.seed, files, **options)
         except Diverged as error:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UniadFastError
+from ..image_size import ImageSize, in_words, size_of
 from ..models.backbone import Backbone
 from ..models.precision import autocast
 from ..models.reconstructor import Reconstructor
@@ -28,14 +29,14 @@ class Measured(NamedTuple):
 class Pipeline(nn.Module):
     """Backbone, features in the network's units, reconstruction, class, residual score, enlargement.
 
-    B images, C channels, H x W feature map, N = H * W, S image_size. Its state dict is what a bundle keeps.
+    B images of h x w, C channels, H x W feature map, N = H * W. Its state dict is what a bundle keeps.
 
     With K > 1 classes there are K + 1 *fields*, ways of measuring an image: one for each class, and the last for an
     image of which the class is not known. With one class there is one field.
 
     Args:
         backbone, model: frozen features and the network that reconstructs them.
-        image_size: S, of the images and of the maps.
+        image_size: (h, w), of the images and of the maps, or the side of a square.
         precision: of the network, see `uniad_fast.models.precision`; the backbone is float32.
         residual_score: one of `uniad_fast.detect.residual_score.RESIDUAL_SCORES`.
         classes: K.
@@ -43,13 +44,13 @@ class Pipeline(nn.Module):
 
     mean: Tensor
     std: Tensor
-    roi: Tensor | None  # [S, S], True where the image is looked at; None looks everywhere
+    roi: Tensor | None  # [h, w], True where the image is looked at; None looks everywhere
 
     def __init__(
         self,
         backbone: Backbone,
         model: Reconstructor,
-        image_size: int,
+        image_size: ImageSize,
         precision: str,
         residual_score: str,
         classes: int = 1,
@@ -57,7 +58,7 @@ class Pipeline(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.model = model
-        self.image_size = image_size
+        self.image_size = size_of(image_size)
         self.precision = precision
         self.register_buffer("mean", torch.zeros(backbone.channels))
         self.register_buffer("std", torch.ones(backbone.channels))
@@ -72,13 +73,13 @@ class Pipeline(nn.Module):
         return self.mean.device
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, S, S] in [0, 1] -> anomaly maps [B, S, S], each by the field of the class that is
+        """images [B, 3, h, w] in [0, 1] -> anomaly maps [B, h, w], each by the field of the class that is
         recognized.
         """
         return self.enlarge(self.measure(images).score_maps)
 
     def measure(self, images: Tensor, told: Sequence[int | None] | None = None) -> Measured:
-        """images [B, 3, S, S] in [0, 1], told as `fields_of` takes it."""
+        """images [B, 3, h, w] in [0, 1], told as `fields_of` takes it."""
         tokens = self.tokens(images)
         return self.measure_residual(tokens, self.residual(tokens), told)
 
@@ -89,7 +90,7 @@ class Pipeline(nn.Module):
             return Measured(tokens, self.residual_score(residual, fields), fields)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """images [B, 3, S, S] in [0, 1] -> features [B, N, C].
+        """images [B, 3, h, w] in [0, 1] -> features [B, N, C].
 
         Raises:
             UniadFastError: the backbone's feature map is not of the network's size.
@@ -97,7 +98,7 @@ class Pipeline(nn.Module):
         features = self.backbone(images.to(self.device))
         if tuple(features.shape[-2:]) != self.model.feature_size:
             raise UniadFastError(
-                f"images of {self.image_size} pixels give a feature map of {tuple(features.shape[-2:])}, "
+                f"images of {in_words(self.image_size)} pixels give a feature map of {tuple(features.shape[-2:])}, "
                 f"and the network reconstructs one of {self.model.feature_size}"
             )
         return features.flatten(2).transpose(1, 2)
@@ -125,7 +126,7 @@ class Pipeline(nn.Module):
         return self.residual_score(self.residual(tokens), fields)
 
     def enlarge(self, score_maps: Tensor) -> Tensor:
-        """Scores per location [B, H, W] -> anomaly maps [B, S, S]; 0, the best there is, where nobody looks."""
+        """Scores per location [B, H, W] -> anomaly maps [B, h, w]; 0, the best there is, where nobody looks."""
         maps = to_maps(score_maps, self.image_size)
         return maps if self.roi is None else maps * self.roi.to(maps.device)
 
@@ -155,7 +156,6 @@ class Pipeline(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, self.model.feature_size)
 
 
-def to_maps(score_maps: Tensor, image_size: int) -> Tensor:
-    """[B, H, W] -> anomaly maps [B, S, S], bilinear with aligned corners."""
-    size = (image_size, image_size)
-    return F.interpolate(score_maps[:, None], size, mode="bilinear", align_corners=True)[:, 0]
+def to_maps(score_maps: Tensor, image_size: ImageSize) -> Tensor:
+    """[B, H, W] -> anomaly maps [B, h, w], bilinear with aligned corners."""
+    return F.interpolate(score_maps[:, None], size_of(image_size), mode="bilinear", align_corners=True)[:, 0]

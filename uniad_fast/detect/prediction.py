@@ -22,8 +22,8 @@ class Prediction:
             images of the class have; else raw.
         label: True when the score is above the threshold, None where a detector has none (see
             `AnomalyDetector.calibrate`), or where the score is not finite.
-        anomaly_map: float32 [image_size, image_size], a score for every pixel of the image as the network saw it, on
-            the same scale.
+        anomaly_map: float32 [h, w], a score for every pixel of the image as the network saw it, which is of the
+            settings' `image_size`, on the same scale.
         regions: places where the map is above the detector's pixel threshold, in pixels of the upright image, the worst
             first; none for a detector without a threshold. A good image has one as seldom as it is called defective,
             but the two verdicts are apart: the label is the score's.
@@ -50,7 +50,7 @@ def judge_maps(
     threshold: float | None = None,
     sizes: Sequence[tuple[int, int]] | None = None,
 ) -> list[Prediction]:
-    """What raw anomaly maps [B, S, S] say of their images.
+    """What raw anomaly maps [B, h, w] say of their images.
 
     Args:
         fields: by which each was measured, [B], see `Pipeline.fields_of`.
@@ -58,7 +58,7 @@ def judge_maps(
         image_score: one of `uniad_fast.detect.residual_score.IMAGE_SCORES`.
         calibration: of the detector, if it has one.
         threshold: instead of the calibration's.
-        sizes: (height, width) of each image in pixels; None for (S, S).
+        sizes: (height, width) of each image in pixels; None for (h, w).
     """
     if threshold is None and calibration is not None:
         threshold = calibration.threshold.value

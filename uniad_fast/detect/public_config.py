@@ -92,15 +92,12 @@ def _followed(config: Mapping[str, Any]) -> DetectorSettings:
     size = dataset.get("input_size", [224, 224])
     if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
         raise ConfigError(f"dataset.input_size must be [height, width], two integers, got {_short(size)}")
-    height, width = size
-    if height != width:
-        raise ConfigError(f"dataset.input_size must be square, got {height} x {width}")
     ignored = sorted(name for name in _VARIED if _is_on(config, name))
     if ignored:
         raise ConfigError(f"dataset.{ignored[0]}: images are learnt as they are, without {', '.join(ignored)}")
     return DetectorSettings(
         backbone,
-        height,
+        (size[0], size[1]),
         out_indices,
         stride=16,
         normalization=(

@@ -112,7 +112,7 @@ def whitening_of(residuals: Tensor) -> Tensor:
 
 
 def image_scores(maps: Tensor, kind: str) -> Tensor:
-    """maps [B, S, S] -> [B], by one of `IMAGE_SCORES`.
+    """maps [B, h, w] -> [B], by one of `IMAGE_SCORES`.
 
     Raises:
         UniadFastError: there is no such kind.

@@ -38,7 +38,7 @@ def draw_results(
             image = read_image(sample.path)
             mask = None
             if sample.mask is not None:
-                mask = read_mask(sample.mask, max(image.size), sample.path)
+                mask = read_mask(sample.mask, (image.height, image.width), sample.path)
             told = sample.class_name if class_from_data and sample.class_name in detector.classes else None
             prediction = detector.predict(sample.path, told)
             files.append(write_png(draw_picture(image, prediction, detector.calibration, mask=mask), target))

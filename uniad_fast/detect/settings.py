@@ -9,11 +9,11 @@ import numpy as np
 
 from ..data.feature_shards import PRECISIONS
 from ..errors import UniadFastError
+from ..image_size import Size, checked_size, in_json
 from ..models.architecture import PAPER_ARCHITECTURE, Architecture
 from ..training.recipes import RECIPES, Recipe
 from .residual_score import IMAGE_SCORES, RESIDUAL_SCORES
 
-_SMALLEST, _LARGEST = 32, 4096  # pixels a side
 _NOT_YET = {"feature_precision"}  # in bundles of earlier releases, which have the default
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -24,7 +24,8 @@ class DetectorSettings:
 
     Attributes:
         backbone: timm model whose frozen features are used; "tf_efficientnet_b4" is the paper's.
-        image_size: side in pixels of the square that every image is resized to, from 32 to 4096.
+        image_size: (height, width) in pixels that every image is resized to, from 32 to 4096 each; an integer is taken
+            for the side of a square.
         out_indices: feature levels, see `Backbone.pretrained`.
         stride: of the grid that all feature levels are resized to; None is the coarsest level's.
         normalization: (mean, deviation) of the channels of images in [0, 1]; None takes the backbone's own.
@@ -44,7 +45,7 @@ class DetectorSettings:
     """
 
     backbone: str = "tf_efficientnet_b4"
-    image_size: int = 224
+    image_size: Size = (224, 224)
     out_indices: tuple[int, ...] | None = None
     stride: int | None = None
     normalization: Normalization | None = None
@@ -66,14 +67,13 @@ class DetectorSettings:
             object.__setattr__(self, "residual_score", self.recipe.residual_score)
         if not isinstance(self.backbone, str):
             raise UniadFastError(f"backbone must be the name of a timm model, got {self.backbone!r}")
-        if not _is_int(self.image_size) or not _SMALLEST <= self.image_size <= _LARGEST:
-            raise UniadFastError(f"image_size must be from {_SMALLEST} to {_LARGEST} pixels, got {self.image_size!r}")
+        object.__setattr__(self, "image_size", checked_size(self.image_size))
         if self.out_indices is not None:
             levels = self.out_indices
             if isinstance(levels, (str, int)) or not all(_is_int(level) and level >= 0 for level in levels):
                 raise UniadFastError(f"out_indices must be feature levels, got {levels!r}")
             object.__setattr__(self, "out_indices", tuple(map(int, levels)))
-        if self.stride is not None and (not _is_int(self.stride) or not 1 <= self.stride <= self.image_size):
+        if self.stride is not None and (not _is_int(self.stride) or not 1 <= self.stride <= min(self.image_size)):
             raise UniadFastError(f"stride must be a number of pixels, got {self.stride!r}")
         choices = {"residual_score": RESIDUAL_SCORES, "image_score": IMAGE_SCORES, "feature_precision": PRECISIONS}
         for name, words in choices.items():
@@ -85,12 +85,11 @@ class DetectorSettings:
                 raise UniadFastError(f"{name} must be in (0, 1), got {share!r}")
         if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
             raise UniadFastError(f"seed must be an integer from 0 to 2^63 - 1, got {self.seed!r}")
-        for name in ("image_size", "seed"):
-            object.__setattr__(self, name, int(getattr(self, name)))  # NumPy's are no JSON
+        object.__setattr__(self, "seed", int(self.seed))  # NumPy's are no JSON
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, for `from_json`."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"image_size": in_json(self.image_size)}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "DetectorSettings":

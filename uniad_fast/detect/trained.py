@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import UniadFastError
+from ..image_size import LARGEST, in_words
 from ..models.backbone import Backbone
 from ..printable import printable, printable_lines
 from ..state_dicts import StateDict, assign, check_state_dict, part_of, without_values
@@ -18,7 +19,6 @@ from .pipeline import Pipeline
 from .settings import DetectorSettings
 
 _FEATURES = "backbone.features."
-_LARGEST = 4096  # pixels a side
 _LISTED = 20
 _DIRECTIONS = "residual_score.gaussians.directions"
 _RANKS = "residual_score.gaussians.ranks"
@@ -115,9 +115,10 @@ def _put_together(tensors: StateDict, config: dict[str, Any], log: str, impl: st
     settings = DetectorSettings.from_json(config["settings"])
     padded_for, classes = config["padded_for"], config["classes"]
     height, width = config["feature_size"]
-    if padded_for is not None and not (type(padded_for) is int and 1 <= padded_for <= _LARGEST):
+    if padded_for is not None and not (type(padded_for) is int and 1 <= padded_for <= LARGEST):
         raise UniadFastError(f"padded_for must be a side in pixels, got {padded_for!r}")
-    if not all(type(n) is int and 1 <= n <= settings.image_size for n in (height, width)):
+    stride, axes = settings.stride, list(zip((height, width), settings.image_size, strict=True))
+    if not all(type(n) is int and 1 <= n <= side for n, side in axes):
         raise UniadFastError(f"feature_size must be (height, width) in tokens, got {config['feature_size']!r}")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise UniadFastError(f"classes must be a list of names, got {classes!r}")
@@ -126,12 +127,14 @@ def _put_together(tensors: StateDict, config: dict[str, Any], log: str, impl: st
     trained_with = config["trained_with"]
     if not isinstance(trained_with, dict) or not all(isinstance(text, str) for text in trained_with.values()):
         raise UniadFastError(f"trained_with must be a table of words, got {trained_with!r}")
-    size, stride = settings.image_size, settings.stride
     # Convolutions round up or down; a map that is off by more is of images of another size.
-    if stride is None or any(abs(n * stride - size) >= 2 * stride for n in (height, width)):
+    if stride is None or any(abs(n * stride - side) >= 2 * stride for n, side in axes):
+        size = in_words(settings.image_size)
         raise UniadFastError(f"feature_size {height} x {width} is not of images of {size} pixels at stride {stride}")
     features = part_of(tensors, _FEATURES)
-    backbone = Backbone.from_state(settings.backbone, size, settings.out_indices, features, padded_for, stride)
+    backbone = Backbone.from_state(
+        settings.backbone, settings.image_size, settings.out_indices, features, padded_for, stride
+    )
     with without_values():
         model = new_model(settings, backbone, (height, width), impl)
     if any(buffer.is_meta for buffer in model.buffers()):  # sines, which no state dict has
@@ -162,7 +165,7 @@ def _put_together(tensors: StateDict, config: dict[str, Any], log: str, impl: st
 def _make_room(pipeline: Pipeline, tensors: StateDict) -> None:
     """Let it have what the settings do not say: as many of the Gaussians' directions as stored, and where it looks."""
     if "roi" in tensors:
-        pipeline.roi = torch.empty(pipeline.image_size, pipeline.image_size, dtype=torch.bool, device="meta")
+        pipeline.roi = torch.empty(pipeline.image_size, dtype=torch.bool, device="meta")
     gaussians, stored = pipeline.residual_score.gaussians, tensors.get(_DIRECTIONS)
     if gaussians is not None and stored is not None and stored.ndim == 3:
         locations, channels = gaussians.directions.shape[0], gaussians.directions.shape[2]

@@ -17,12 +17,12 @@ from ..detect.detector import AnomalyDetector
 from ..detect.public_config import IMAGENET, check_stored_network, read_config
 from ..detect.settings import DetectorSettings
 from ..files import atomic_path
+from ..image_size import ImageSize, Size, in_words, size_of
 from ..models.architecture import Architecture, read_architecture
 from ..models.backbone import Backbone
 from ..models.efficientnet import has_public_names, native_size, public_names, recognize
 from ..models.timm_features import stage_channels
 from ..models.uniad import UniAD
-from ..ops.geometry import Size
 from ..printable import printable
 from ..state_dicts import StateDict, WeightsError, check_state_dict, part_of, read_checkpoint
 from ..training.build import build_model
@@ -40,11 +40,13 @@ _STRIDE = 16  # of every public configuration's neck
 class NotInTensors(NamedTuple):
     """What the tensors of a network do not tell of it.
 
-    nhead: attention heads. neighbor_size: (h, w) of the hidden window; None for half of the grid.
+    nhead: attention heads. neighbor_size: (h, w) of the hidden window; None for half of the grid. grid: (H, W), which
+    learned positions do tell; None for a square.
     """
 
     nhead: int = 8
     neighbor_size: Size | None = None
+    grid: Size | None = None
 
 
 _USUAL = NotInTensors()
@@ -56,7 +58,7 @@ def load(
     config: str | os.PathLike | Mapping[str, Any] | None = None,
     backbone: str | None = None,
     backbone_weights: str | os.PathLike | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     not_in_tensors: NotInTensors = _USUAL,
     device: str | torch.device | None = None,
     impl: str | None = None,
@@ -73,8 +75,8 @@ def load(
         config: the public code's configuration that belongs to the checkpoint: says heads, window and the like.
         backbone: timm name; needed where the checkpoint's is no EfficientNet, and for a network alone.
         backbone_weights: its weights, if the checkpoint has none; see `Backbone.pretrained`.
-        image_size: side in pixels of the images; None for the feature map's times its stride.
-        not_in_tensors: heads and window, where no configuration says them.
+        image_size: of the images in pixels, a side or (height, width); None for the feature map's times its stride.
+        not_in_tensors: heads and window, where no configuration says them; the grid follows from the image size.
         device, impl: as in `AnomalyDetector`.
 
     Raises:
@@ -87,28 +89,27 @@ def load(
     if found.layout == "backbone":
         raise WeightsError(f"{path} holds a backbone alone: it is for train --backbone-weights, not for a detector")
     said = read_config(config) if config is not None else None
+    seen = image_size or (said.image_size if said else None)
+    if seen is not None:
+        height, width = size_of(seen)
+        not_in_tensors = not_in_tensors._replace(grid=(-(-height // _STRIDE), -(-width // _STRIDE)))
     model, architecture, channels = _network(found, said, not_in_tensors, impl, path)
     name = backbone or (said.backbone if said else None)
     if found.layout == "reconstruction" and name is None:
         raise WeightsError(f"{path} holds a network alone: name the backbone whose features it takes, with --backbone")
-    height, width = model.feature_size
-    if height != width:
-        raise WeightsError(f"{path} has a grid of {height} x {width} tokens, and a detector sees square images")
-    side = image_size or height * _STRIDE
+    name, grid = name or recognize(found.backbone), model.feature_size
+    size = size_of(image_size or (grid[0] * _STRIDE, grid[1] * _STRIDE))
+    levels = _levels(name, size, channels, said)
     if found.layout == "reconstruction":
-        assert name is not None
-        levels = _levels(name, side, channels, said)
-        frozen = Backbone.pretrained(name, side, backbone_weights, levels, _STRIDE)
+        frozen = Backbone.pretrained(name, size, backbone_weights, levels, _STRIDE)
     else:
-        name = name or recognize(found.backbone)
         padded_for = native_size(name) if has_public_names(found.backbone) else None
-        levels = _levels(name, side, channels, said)
-        frozen = Backbone.from_state(name, side, levels, found.backbone, padded_for, _STRIDE)
+        frozen = Backbone.from_state(name, size, levels, found.backbone, padded_for, _STRIDE)
     frozen.normalize_by(*(said.normalization if said and said.normalization else IMAGENET))
-    if (given := frozen.feature_size(side)) != model.feature_size:
-        raise WeightsError(f"{path} has a grid of {model.feature_size}, but images of {side} pixels give {given}")
+    if (given := frozen.feature_size(size)) != grid:
+        raise WeightsError(f"{path} has a grid of {grid}, but images of {in_words(size)} pixels give {given}")
     return AnomalyDetector.from_parts(
-        frozen, model, image_size=side, architecture=architecture, device=device, impl=impl
+        frozen, model, image_size=size, architecture=architecture, device=device, impl=impl
     )
 
 
@@ -124,12 +125,14 @@ def load_network(path: str | os.PathLike, not_in_tensors: NotInTensors = _USUAL,
     return _network(found, None, not_in_tensors, impl, path)[0].eval()
 
 
-def load_backbone(path: str | os.PathLike, backbone: str | None = None, image_size: int | None = None) -> Backbone:
+def load_backbone(
+    path: str | os.PathLike, backbone: str | None = None, image_size: ImageSize | None = None
+) -> Backbone:
     """The backbone that a file of its own holds.
 
     Args:
         backbone: timm name; None recognises an EfficientNet.
-        image_size: side in pixels of the images; None for that which it was made for.
+        image_size: as of `load`; None for that which it was made for.
 
     Raises:
         WeightsError: unreadable, no backbone, or tensors that do not fit, all listed.
@@ -215,9 +218,8 @@ def save(detector: AnomalyDetector | UniAD, path: str | os.PathLike, layout: str
             names = public_names(own) if layout == "uniad" and "conv_stem.weight" in own else {}
             state |= {f"{backbone_prefix}{names.get(name, name)}": tensor for name, tensor in own.items()}
         differs = _what_differs(detector, layout)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    if layout == "uniad":
-        state = {f"module.{name}": tensor for name, tensor in state.items()}
+    wrapper = "module." if layout == "uniad" else ""
+    state = {f"{wrapper}{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with atomic_path(path) as partial:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import save_file
@@ -250,7 +252,7 @@ def _layout_of(state: StateDict, path: str | os.PathLike) -> str:
     )
 
 
-def _levels(name: str, image_size: int, channels: int, said: DetectorSettings | None) -> tuple[int, ...]:
+def _levels(name: str, image_size: Size, channels: int, said: DetectorSettings | None) -> tuple[int, ...]:
     """The feature levels, one after the other, whose channels add up to those of the network."""
     if said is not None and said.out_indices is not None:
         return said.out_indices
@@ -267,8 +269,7 @@ def _levels(name: str, image_size: int, channels: int, said: DetectorSettings | 
 def _unstandardized(detector: AnomalyDetector) -> StateDict:
     """The network's tensors for features as the backbone gives them: mean and deviation go into the projections."""
     pipeline = detector.pipeline
-    state = dict(pipeline.model.state_dict())
-    mean, std = pipeline.mean, pipeline.std
+    state, mean, std = dict(pipeline.model.state_dict()), pipeline.mean, pipeline.std
     weight = state["input_proj.weight"] / std
     state["input_proj.bias"] = state["input_proj.bias"] - weight @ mean
     state["input_proj.weight"] = weight
@@ -286,9 +287,9 @@ def _what_differs(detector: AnomalyDetector, layout: str) -> list[str]:
             "scores: there the L2 norm of the residual of all channels as they are, here "
             + (kind if kind != "l2" else "of standardised ones")
         )
-    size = native_size(frozen.name)
-    if layout == "uniad" and size is not None and frozen.padded_for is None and size != pipeline.image_size:
-        differs.append(f"features: the public backbone pads for images of {size} pixels, this one for those that come")
+    side = native_size(frozen.name)
+    if layout == "uniad" and side is not None and frozen.padded_for is None and (side, side) != pipeline.image_size:
+        differs.append(f"features: the public backbone pads for images of {side} pixels, this one for those that come")
     if layout == "ader" and frozen.padded_for is not None:
         differs.append(f"features: ADer's backbone pads for the image that comes, this one for {frozen.padded_for}")
     if frozen.mean.flatten().tolist() != torch.tensor(IMAGENET[0]).tolist():

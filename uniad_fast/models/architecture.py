@@ -86,11 +86,13 @@ _WORDS = {
 PAPER_ARCHITECTURE = Architecture()
 
 
-def read_architecture(state: StateDict, nhead: int, neighbor_size: Size | None) -> tuple[Architecture, int, Size]:
+def read_architecture(
+    state: StateDict, nhead: int, neighbor_size: Size | None, grid: Size | None = None
+) -> tuple[Architecture, int, Size]:
     """(architecture, channels of the feature map, grid) of a reconstruction network, read off its state dict.
 
     Heads, windows and the choice between relu and gelu leave no trace in a state dict: the first two are arguments,
-    the third is relu.
+    the third is relu. Nor does the grid where positions are sines: it is that of the argument, or a square one.
 
     Raises:
         WeightsError: these are no tensors of a UniAD.
@@ -102,11 +104,10 @@ def read_architecture(state: StateDict, nhead: int, neighbor_size: Size | None) 
         linear1, linear2 = (state[f"transformer.encoder.layers.0.linear{i}.weight"] for i in (1, 2))
         tokens = len(state["transformer.decoder.layers.0.learned_embed.weight"])
         learned = "pos_embed.row_embed.weight" in state
-        grid = (
-            (len(state["pos_embed.row_embed.weight"]), len(state["pos_embed.col_embed.weight"]))
-            if learned
-            else (math.isqrt(tokens), math.isqrt(tokens))
-        )
+        if learned:
+            grid = (len(state["pos_embed.row_embed.weight"]), len(state["pos_embed.col_embed.weight"]))
+        elif grid is None or grid[0] * grid[1] != tokens:
+            grid = (math.isqrt(tokens), math.isqrt(tokens))
         dim_feedforward = linear2.shape[1]
         glu = len(linear1) == 2 * dim_feedforward
     except KeyError as error:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UniadFastError
+from ..image_size import ImageSize, size_of
 from ..ops.geometry import Size
 from ..state_dicts import (
     StateDict,
@@ -37,8 +38,8 @@ class Backbone(nn.Module):
         channels: of the concatenated feature map.
         deepest: those of them that are the last stage's.
         stride: of its grid in the image: that of the coarsest level, or another that the levels are resized to.
-        padded_for: side of the images whose padding its strided convolutions have, see `efficientnet.pad_as_for`;
-            None for that of the image that comes.
+        padded_for: side of the square images whose padding its strided convolutions have, see
+            `efficientnet.pad_as_for`; None for that of the image that comes.
     """
 
     mean: Tensor
@@ -78,7 +79,7 @@ class Backbone(nn.Module):
     def pretrained(
         cls,
         name: str,
-        image_size: int,
+        image_size: ImageSize,
         weights: str | os.PathLike | None = None,
         out_indices: tuple[int, ...] | None = None,
         stride: int | None = None,
@@ -87,7 +88,7 @@ class Backbone(nn.Module):
 
         Args:
             name: any timm model that gives features, e.g. "tf_efficientnet_b4", the paper's.
-            image_size: side of the square input in pixels.
+            image_size: (height, width) of the images in pixels, or the side of a square.
             weights: a .pth or .safetensors file with timm's names, or EfficientNet-PyTorch's. None takes what an
                 installed package ships, and else what timm downloads from its hub.
             out_indices: feature levels; None takes all of stride 16 and finer, stages 1 to 4 of the paper.
@@ -112,7 +113,7 @@ class Backbone(nn.Module):
     def from_state(
         cls,
         name: str,
-        image_size: int,
+        image_size: ImageSize,
         out_indices: tuple[int, ...] | None,
         state: StateDict,
         padded_for: int | None = None,
@@ -145,15 +146,15 @@ class Backbone(nn.Module):
         self.std.copy_(torch.tensor(std).view(3, 1, 1))
         return self
 
-    def feature_size(self, image_size: int) -> Size:
-        """(height, width) of the feature map of a square image of this side."""
-        probe = torch.zeros(1, 3, image_size, image_size, device=self.mean.device)
+    def feature_size(self, image_size: ImageSize) -> Size:
+        """(height, width) of the feature map of an image of this size."""
+        probe = torch.zeros(1, 3, *size_of(image_size), device=self.mean.device)
         height, width = self(probe).shape[-2:]
         return height, width
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, S, S] in [0, 1] -> feature map [B, channels, H, W], float32.
+        """images [B, 3, h, w] in [0, 1] -> feature map [B, channels, H, W], float32.
 
         Every stage is resized bilinearly with aligned corners, as the public code does.
         """
@@ -199,7 +200,7 @@ def _native(name: str, features: Any) -> Any:
     return own
 
 
-def _without_values(name: str, image_size: int, out_indices: tuple[int, ...] | None) -> Any:
+def _without_values(name: str, image_size: ImageSize, out_indices: tuple[int, ...] | None) -> Any:
     """The extractor, as far as can be without memory; of the native ones without timm."""
     if is_native(name):
         try:

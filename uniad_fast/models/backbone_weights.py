@@ -5,6 +5,7 @@ import socket
 import urllib.parse
 from typing import Any
 
+from ..image_size import ImageSize
 from ..printable import printable
 from ..state_dicts import StateDict, WeightsError
 from .efficientnet import has_public_names, public_names
@@ -13,7 +14,7 @@ from .timm_features import create
 _SECONDS_TO_ANSWER = 5
 
 
-def downloaded(name: str, image_size: int, out_indices: tuple[int, ...]) -> Any:
+def downloaded(name: str, image_size: ImageSize, out_indices: tuple[int, ...]) -> Any:
     """The timm model with the weights of its hub.
 
     Raises:

@@ -91,13 +91,13 @@ def native_size(name: str) -> int | None:
     return _MODELS[name][1] if name in _MODELS else None
 
 
-def pad_as_for(features: nn.Module, image_size: int) -> None:
-    """Let a timm EfficientNet pad its strided convolutions as TensorFlow does for square images of this side.
+def pad_as_for(features: nn.Module, side: int) -> None:
+    """Let a timm EfficientNet pad its strided convolutions as TensorFlow does for square images of this side in
+    pixels.
 
     timm pads for the image that comes; EfficientNet-PyTorch for the one that the network was made for, whatever
     comes. The parameters stay the objects they are.
     """
-    side = image_size
     for name, conv in list(features.named_modules()):
         if isinstance(conv, nn.Conv2d) and conv.stride[0] > 1:
             features.set_submodule(name, _FixedPadding(conv, side))

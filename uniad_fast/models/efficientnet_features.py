@@ -61,7 +61,7 @@ class FeatureInfo:
 
 
 class EfficientNetFeatures(nn.Module):
-    """images [B, 3, S, S] -> feature maps of the levels `out_indices`, for evaluation.
+    """images [B, 3, h, w] -> feature maps of the levels `out_indices`, for evaluation.
 
     Args:
         name: see `is_native`.

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from ..errors import UniadFastError
+from ..image_size import ImageSize, size_of
 from ..printable import printable
 from ..state_dicts import StateDict, without_values
 
 _COARSEST_STRIDE = 16
 
 
-def create(name: str, image_size: int, out_indices: tuple[int, ...] | None, **options: Any) -> Any:
+def create(name: str, image_size: ImageSize, out_indices: tuple[int, ...] | None, **options: Any) -> Any:
     import timm
 
     if not timm.is_model(name):
@@ -34,7 +35,7 @@ def create(name: str, image_size: int, out_indices: tuple[int, ...] | None, **op
             raise
 
 
-def create_without_values(name: str, image_size: int, out_indices: tuple[int, ...] | None) -> Any:
+def create_without_values(name: str, image_size: ImageSize, out_indices: tuple[int, ...] | None) -> Any:
     """The extractor with tensors that have no memory, for a state dict to be assigned to; None where that can't be.
 
     Some models compute with what they make, or keep tensors that no state dict has: those are made for real.
@@ -51,7 +52,7 @@ def create_without_values(name: str, image_size: int, out_indices: tuple[int, ..
     return features if whole else None
 
 
-def tensors_of_whole(name: str, image_size: int) -> StateDict:
+def tensors_of_whole(name: str, image_size: ImageSize) -> StateDict:
     """The state dict of the classifier that the features are of: names and shapes, no values.
 
     Without the counters of batches, which only training reads and which some files leave out.
@@ -63,15 +64,18 @@ def tensors_of_whole(name: str, image_size: int) -> StateDict:
     return {n: t for n, t in state.items() if not n.endswith("num_batches_tracked")}
 
 
-def _size_options(name: str, image_size: int) -> dict[str, Any]:
+def _size_options(name: str, image_size: ImageSize) -> dict[str, Any]:
     """`img_size` for those models that are built for one input size."""
     import timm
 
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    return {"img_size": image_size} if config is not None and config.fixed_input_size else {}
+    if config is None or not config.fixed_input_size:
+        return {}
+    height, width = size_of(image_size)
+    return {"img_size": height if height == width else (height, width)}  # some models take a side alone
 
 
-def stage_channels(name: str, image_size: int) -> list[tuple[int, int, int]]:
+def stage_channels(name: str, image_size: ImageSize) -> list[tuple[int, int, int]]:
     """(feature level, stride, channels) of all that a timm model has."""
     import timm  # noqa: F401  here, for on the device below torch 2.6 can't import what timm imports
 
@@ -80,7 +84,7 @@ def stage_channels(name: str, image_size: int) -> list[tuple[int, int, int]]:
     return list(zip(info.out_indices, info.reduction(), info.channels(), strict=True))
 
 
-def default_out_indices(name: str, image_size: int) -> tuple[int, ...]:
+def default_out_indices(name: str, image_size: ImageSize) -> tuple[int, ...]:
     levels = tuple(index for index, stride, _ in stage_channels(name, image_size) if stride <= _COARSEST_STRIDE)
     if not levels:
         raise UniadFastError(f"{name} has no features of stride {_COARSEST_STRIDE} or finer: pass out_indices")

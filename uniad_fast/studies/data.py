@@ -13,6 +13,7 @@ from ..data.image_files import list_images
 from ..data.masks import read_mask
 from ..data.samples import GOOD, DataError, Dataset, Sample
 from ..files import sha256_of_file
+from ..image_size import ImageSize, size_of
 from ..models.backbone import Backbone
 from ..rows import TokenRows
 from .cifar10 import normal_classes
@@ -24,17 +25,17 @@ class StudyData:
     """Features of a data set, training images and test images.
 
     Attributes:
-        name, image_size: of the data set; side of the square that images are resized to.
+        name, image_size: of the data set; what its images are resized to, the side of a square or (height, width).
         backbone: whose features they are.
         train, test: samples that could be read.
         train_tokens, test_tokens: [images, N, C], row by row those of `train` and `test`.
-        masks: bool [len(test), image_size, image_size], or None if some defective image has none.
+        masks: bool [len(test), height, width], or None if some defective image has none.
         key: what everything above is recognised by: features, classes, labels and masks.
         unreadable: a message for each image that could not be read.
     """
 
     name: str
-    image_size: int
+    image_size: ImageSize
     backbone: Backbone
     train: list[Sample]
     test: list[Sample]
@@ -46,7 +47,7 @@ class StudyData:
 
     @classmethod
     def load(
-        cls, dataset: Dataset, backbone: Backbone, image_size: int, cache_dir: Path | None, quiet: bool = False
+        cls, dataset: Dataset, backbone: Backbone, image_size: ImageSize, cache_dir: Path | None, quiet: bool = False
     ) -> "StudyData":
         """Features from the cache, or extracted into it.
 
@@ -159,10 +160,10 @@ def _check_classes(name: str, train: list[Sample], test: list[Sample]) -> None:
             raise DataError(f"class {class_name!r} of {name} needs good and defective test images, has one kind alone")
 
 
-def _masks(samples: list[Sample], image_size: int) -> NDArray | None:
+def _masks(samples: list[Sample], image_size: ImageSize) -> NDArray | None:
     if any(sample.defective and sample.mask is None for sample in samples):
         return None
-    masks = np.zeros((len(samples), image_size, image_size), dtype=bool)
+    masks = np.zeros((len(samples), *size_of(image_size)), dtype=bool)
     for row, sample in enumerate(samples):
         if sample.mask is not None:
             masks[row] = read_mask(sample.mask, image_size, sample.path)
