@@ -10,7 +10,7 @@ from conftest import BACKBONE, call, run_command, save
 from PIL import Image
 
 from uniad_fast import AnomalyDetector
-from uniad_fast.data.feature_cache import _key
+from uniad_fast.data.features import key_of
 from uniad_fast.data.images import to_tensor
 from uniad_fast.data.masks import read_mask, read_roi
 from uniad_fast.deploy.engine_files import EngineFiles
@@ -181,16 +181,17 @@ def test_a_square_is_stored_as_it_was(bundle):
     assert type(DetectorSettings("x", [np.int64(96), 64]).image_size[0]) is int
 
 
-def test_the_cache_of_a_square_is_still_found():
+def test_the_key_of_a_cache_says_height_and_width():
     class Named:
         def fingerprint(self):
             return "named"
 
     def key(words):
-        return hashlib.sha256(f"2 named {words}\n".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"3 named {words}\n".encode()).hexdigest()[:32]
 
-    assert _key(Named(), 224, [], []) == _key(Named(), (224, 224), [], []) == key("224")
-    assert _key(Named(), (256, 512), [], []) == key("256x512") != _key(Named(), (512, 256), [], [])
+    assert key_of(Named(), 224, "float32", [], []) == key_of(Named(), (224, 224), "float32", [], []) == key("224")
+    oblong = key_of(Named(), (256, 512), "float32", [], [])
+    assert oblong == key("256x512") != key_of(Named(), (512, 256), "float32", [], [])
 
 
 @pytest.mark.parametrize(
