@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from uniad_fast.detect.calibration import calibrate
+from uniad_fast.detect.calibration import RawMaps, calibrate
 from uniad_fast.detect.pipeline import to_maps
 from uniad_fast.detect.residual_score import image_scores
 from uniad_fast.detect.scales import fit_scale, scores_unseen
@@ -124,7 +124,9 @@ def test_no_score_is_measured_by_a_scale_that_it_had_a_part_in():
 def test_good_images_of_all_classes_come_out_alike(image_score):
     rng = np.random.default_rng(0)
     maps = [torch.from_numpy(rng.gamma(9, 1 + k, (60, 4, 4))) for k in range(3)]
-    found = calibrate([*maps, torch.cat(maps)], lambda m: to_maps(m, 32), image_score, 0.05)
+    found = calibrate(
+        [RawMaps.enlarged(m, lambda m: to_maps(m, 32)) for m in [*maps, torch.cat(maps)]], image_score, 0.05
+    )
     for k, own in enumerate(maps):
         scores = [found.of_score(s, k) for s in image_scores(to_maps(own, 32), image_score).tolist()]
         assert abs(np.median(scores)) < 0.15 and abs(np.std(scores) - 1) < 0.3

@@ -25,6 +25,9 @@ MAY_IMPORT = {
     "cli": {"", "ops", "models", "data", "training", "detect", "interop", "deploy", "studies"},
 }
 
+# A method that leads from a detector to what is built on detectors imports that when it is called.
+ON_CALL = {("detect/scoring", "deploy/export")}
+
 # Which modules need a package that only an extra brings, and which package.
 OF_AN_EXTRA = {
     "deploy.service": "fastapi",
@@ -75,7 +78,8 @@ def inner_imports() -> dict[str, set[str]]:
     found = {}
     for path in PACKAGE.rglob("*.py"):
         if path.parent != PACKAGE or path.name not in ("__init__.py", "__main__.py"):
-            found[module_name(path)] = {t[2:] for t in imports(path) if t.startswith("./")}
+            name = module_name(path)
+            found[name] = {t[2:] for t in imports(path) if t.startswith("./") and (name, t[2:]) not in ON_CALL}
     return found
 
 

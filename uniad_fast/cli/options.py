@@ -72,7 +72,8 @@ EnginePrecision = Annotated[
 ]
 
 
-def _read_image_size(text: Any) -> Size:
+def read_image_size(text: Any) -> Size:
+    """`read_size` as a parser of an option."""
     try:
         return read_size(str(text))
     except UniadFastError as error:
@@ -82,7 +83,7 @@ def _read_image_size(text: Any) -> Size:
 ImageSize = Annotated[
     Any,  # typer would take a pair for two words, and knows no choice of types
     typer.Option(
-        parser=_read_image_size,
+        parser=read_image_size,
         metavar="SIDE|HEIGHTxWIDTH",
         help="Pixels that images are resized to: the side of a square, or height and width, such as 256x512.",
     ),

@@ -4,7 +4,7 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from ..detect.bundle import check_writable
 from ..detect.detector import AnomalyDetector
 from ..errors import UniadFastError
 from ..files import locked
+from ..image_size import Size
 from ..packages import require
 from ..printable import printable
 from ..signals import Stopped
@@ -29,12 +30,10 @@ from .options import (
     Device,
     FalseAlarmRate,
     ImageRoot,
-    ImageScore,
     ImageSize,
     MaxPixels,
     NoCache,
     Quiet,
-    RecipeName,
     Roi,
     Seed,
     cache_of,
@@ -48,8 +47,9 @@ from .options import (
 
 _THE_BUNDLE_S = (
     "recipe", "epochs", "backbone", "backbone_weights", "image_size", "residual_score", "image_score",
-    "false_alarm_rate", "held_out", "seed", "sampling", "cache_precision",
+    "false_alarm_rate", "held_out", "seed", "sampling", "cache_precision", "tile", "overlap",
 )  # fmt: skip
+_OVERLAP = 0.25
 _TRAINING, _LOCK = "uniad_fast training", "lock"
 _IN_TRAINING = {_TRAINING, _LOCK, "checkpoint.pt", "log.csv"}
 
@@ -58,15 +58,15 @@ def train(
     context: typer.Context,
     data: DataArgument,
     output: options.Output,
-    recipe: Annotated[RecipeName, typer.Option(help="How to train.")] = "fast",
+    recipe: options.RecipeOfTraining = "fast",
     epochs: options.Epochs = None,
     backbone: options.Backbone = "tf_efficientnet_b4",
     backbone_weights: options.BackboneWeights = None,
     image_size: ImageSize = "224",
+    tile: options.Tile = None,
+    overlap: options.Overlap = None,
     residual_score: options.ResidualScoreOrNone = None,
-    image_score: Annotated[
-        ImageScore, typer.Option(help="How a map becomes the image's score; mean suits defects all over the image.")
-    ] = "max",
+    image_score: options.ImageScoreOfTraining = "max",
     false_alarm_rate: FalseAlarmRate = 0.01,
     held_out: options.HeldOut = 0.1,
     roi: Roi = None,
@@ -96,8 +96,9 @@ def train(
     if add_to is not None:
         detector = _going_on(context, add_to, device, cache_of(cache, no_cache))
     else:
+        size, shared = _size_and_overlap(context, image_size, tile, overlap)
         detector = AnomalyDetector(
-            backbone, image_size, backbone_weights=backbone_weights,
+            backbone, size, overlap=shared, backbone_weights=backbone_weights,
             recipe=replace(RECIPES[recipe].with_epochs(epochs), sampling=sampling), feature_precision=cache_precision,
             residual_score=residual_score or "", image_score=image_score, false_alarm_rate=false_alarm_rate,
             held_out=held_out, seed=seed, device=device, cache_dir=cache_of(cache, no_cache),
@@ -113,6 +114,21 @@ def train(
     if dataset.test:
         _say_how_to_test(output, data, image_root)
     finish(detector.unreadable)
+
+
+def _size_and_overlap(
+    context: typer.Context, image_size: Size, tile: Size | None, overlap: float | None
+) -> tuple[Size, float | None]:
+    """(size that the network sees, overlap of tiles of that size or None); UniadFastError for what does not go
+    together.
+    """
+    if tile is None:
+        if overlap is not None:
+            raise UniadFastError(f"--overlap {overlap} is of tiles, and there is no --tile")
+        return image_size, None
+    if getattr(context.get_parameter_source("image_size"), "name", "DEFAULT") != "DEFAULT":
+        raise UniadFastError("--image-size is what pictures are resized to, and --tile cuts them: give one of them")
+    return tile, _OVERLAP if overlap is None else overlap
 
 
 def _going_on(

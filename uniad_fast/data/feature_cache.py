@@ -24,14 +24,15 @@ from tqdm import tqdm
 
 from ..errors import UniadFastError
 from ..files import locked, sweep
-from ..image_size import ImageSize
+from ..image_size import ImageSize, size_of
 from ..models.backbone import Backbone
 from ..printable import printable
 from ..progress import progress
 from ..signals import stop_if_asked
 from .feature_shards import PRECISIONS, FeatureShards, Shard, read_shard, write_shard
 from .features import Features, digest, finite_tokens, key_of
-from .image_batches import Failure, read_batches
+from .image_batches import Failure, ImageBatch, read_batches
+from .tiling import Plan, Tiles, Tiling, read_tiles
 
 _SHARD_BYTES, _SHARD_IMAGES = 1 << 24, 64  # at most: what an interruption loses
 _FORGOTTEN = 14 * 24 * 3600  # seconds after which an unfinished extraction is not gone on with
@@ -66,6 +67,7 @@ def cached_features(
     quiet: bool = False,
     *,
     precision: str = "float32",
+    overlap: float | None = None,
 ) -> Features:
     """Features of the images at `paths`, in order, from the cache or extracted into it.
 
@@ -74,39 +76,50 @@ def cached_features(
 
     Args:
         precision: in which they are kept, a key of `PRECISIONS`.
+        overlap: cut images in tiles of `image_size`, see `Tiling`, each of which has a row; None resizes them to it.
 
     Raises:
         CacheError: there is no folder to keep them in; NoRoom, where its disk is too full.
         Stopped: a signal asked for it, between two batches; shards that are done are kept.
     """
     folder = Path(cache_dir) if cache_dir else default_cache_dir()
-    return _Extraction(backbone, image_size, paths, folder, precision).run(description, quiet)
+    tiling = None if overlap is None else Tiling(size_of(image_size), overlap)
+    return _Extraction(backbone, image_size, paths, folder, precision, tiling).run(description, quiet)
 
 
 class _Extraction:
-    """The features of some images, as far as they are in a folder."""
+    """The features of some images, or of their tiles, as far as they are in a folder. A row is one's features."""
 
     def __init__(
-        self, backbone: Backbone, image_size: ImageSize, paths: Sequence[Path], directory: Path, precision: str
+        self,
+        backbone: Backbone,
+        image_size: ImageSize,
+        paths: Sequence[Path],
+        directory: Path,
+        precision: str,
+        tiling: Tiling | None,
     ) -> None:
         self.backbone, self.image_size, self.paths, self.precision = backbone, image_size, paths, precision
+        self.tiling = tiling
+        self.plan = None if tiling is None else Plan.of(paths, tiling)
+        self.rows = len(paths) if self.plan is None else len(self.plan.images)
         height, width = backbone.feature_size(image_size)
         self.row = (height * width, backbone.channels)
         self.digests = [digest(path) for path in paths]
-        self.key = key_of(backbone, image_size, precision, paths, self.digests)
+        self.key = key_of(backbone, image_size, precision, paths, self.digests, tiling)
         self.folder = directory / self.key
         self.row_bytes = self.row[0] * self.row[1] * PRECISIONS[precision].itemsize
         self.at_once = max(1, min(_SHARD_BYTES // self.row_bytes, _SHARD_IMAGES))
-        self.count = -(-len(paths) // self.at_once)
+        self.count = -(-self.rows // self.at_once)
         self.found: dict[int, Shard] = {}
 
     def run(self, description: str, quiet: bool) -> Features:
         waiting = [number for number in range(self.count) if not self._look(number, may_be_missing=True)]
         if waiting:
-            missing = sum(len(self._images(number)) for number in waiting)
+            missing = sum(len(self._rows(number)) for number in waiting)
             self._make_room(missing * self.row_bytes)
-            done = len(self.paths) - missing
-            with progress(description, len(self.paths), initial=done, quiet=quiet) as bar:
+            unit = "image" if self.plan is None else "tile"
+            with progress(description, self.rows, self.rows - missing, unit, quiet) as bar:
                 self._make_all(waiting, bar)
             for lock in self.folder.glob("*.lock"):  # whoever still waits for one finds all there
                 with contextlib.suppress(OSError):
@@ -125,7 +138,7 @@ class _Extraction:
                         self._make(number, bar)
                         continue
                 if ours:
-                    bar.update(len(self._images(number)))
+                    bar.update(len(self._rows(number)))
             if len(left) == len(waiting):
                 time.sleep(_WAIT)
                 stop_if_asked()
@@ -133,12 +146,11 @@ class _Extraction:
 
     def _make(self, number: int, bar: tqdm) -> None:
         """Extract a shard."""
-        images = self._images(number)
-        paths, digests = self.paths[images.start : images.stop], self.digests[images.start : images.stop]
+        own = self._rows(number)
         parts: list[Tensor] = []
-        info: dict[str, Any] = {"key": self.key, "first": images.start, "images": len(images)}
+        info: dict[str, Any] = {"key": self.key, "first": own.start, "images": len(own)}
         used, failed, notes, done = list[int](), list[list[Any]](), list[list[Any]](), 0
-        for batch in read_batches(paths, self.image_size, digests=digests):
+        for batch in self._read(own):
             tokens, positions, failures = finite_tokens(batch, self.backbone, self.precision)
             parts += [tokens] if positions else []
             used += [done + position for position in positions]
@@ -158,6 +170,12 @@ class _Extraction:
             raise CacheError(f"{path} {problem} right after it was written: {_ELSEWHERE}")
         self.found[number] = shard
 
+    def _read(self, own: range) -> Iterator[ImageBatch]:
+        if self.plan is not None and self.tiling is not None:
+            return read_tiles(self.paths, self.tiling, self.plan, own, self.digests)
+        part = slice(own.start, own.stop)
+        return read_batches(self.paths[part], self.image_size, digests=self.digests[part])
+
     def _look(self, number: int, may_be_missing: bool, warns: bool = True) -> bool:
         """Whether the shard is there and whole; warns where it is there and is not."""
         shard, problem = read_shard(self._path(number), *self.row, self.precision)
@@ -172,10 +190,10 @@ class _Extraction:
 
     def _problem(self, number: int, info: Any) -> str:
         """What is wrong with the description of a shard, or nothing."""
-        images = self._images(number)
+        own = self._rows(number)
         if not _is_description(info):
             return "has a damaged description"
-        if (info["key"], info["first"], info["images"]) != (self.key, images.start, len(images)):
+        if (info["key"], info["first"], info["images"]) != (self.key, own.start, len(own)):
             return "is of other images"
         if any(passing for _, _, passing in info["failed"]):
             return "lacks images that could not be read for a reason that may have passed"
@@ -201,8 +219,8 @@ class _Extraction:
         for number in range(self.count):
             sweep(self._path(number))
 
-    def _images(self, number: int) -> range:
-        return range(number * self.at_once, min((number + 1) * self.at_once, len(self.paths)))
+    def _rows(self, number: int) -> range:
+        return range(number * self.at_once, min((number + 1) * self.at_once, self.rows))
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}-of-{self.count:06d}.safetensors"
@@ -213,12 +231,21 @@ class _Extraction:
         failures: list[Failure] = []
         notes: list[str] = []
         for number, shard in enumerate(shards):
-            first = self._images(number).start
+            first = self._rows(number).start
             used += [first + position for position in shard.info["used"]]
             failures += [Failure(first + position, reason) for position, reason, _ in shard.info["failed"]]
-            notes += [f"{printable(self.paths[first + position])}: {note}" for position, note in shard.info["notes"]]
+            notes += [f"{self._name(first + position)}: {note}" for position, note in shard.info["notes"]]
         tokens = FeatureShards(shards, *self.row, self.precision)
-        return Features(tokens, used, [failure.message(self.paths) for failure in failures], self.key, notes)
+        if self.plan is None:
+            return Features(tokens, used, [one.message(self.paths) for one in failures], self.key, notes)
+        messages = dict.fromkeys(f"{self._name(one.position)}: {one.reason}" for one in failures)  # one an image
+        assert self.tiling is not None
+        tiles = Tiles(self.tiling, [self.plan.corners[row] for row in used], self.plan.sizes)
+        images = [self.plan.images[row] for row in used]
+        return Features(tokens, images, list(messages), self.key, list(dict.fromkeys(notes)), tiles)
+
+    def _name(self, row: int) -> str:
+        return printable(self.paths[row if self.plan is None else self.plan.images[row]])
 
 
 _ELSEWHERE = "say another with --cache FOLDER, or keep none with --no-cache"

@@ -16,6 +16,7 @@ from ..models.backbone import Backbone
 from ..rows import TokenRows
 from .feature_shards import PRECISIONS
 from .image_batches import Failure, ImageBatch
+from .tiling import Tiles, Tiling
 
 _FORMAT = 3  # part of the key: raise it when preprocessing or layout change
 
@@ -30,6 +31,7 @@ class Features:
         unreadable: a message for each image that has no row.
         key: what they are recognised by.
         notes: remarks on images that are not shown quite as they are.
+        tiles: where each row's tile lies in its image; None where a row is a whole image's.
     """
 
     tokens: TokenRows
@@ -37,6 +39,7 @@ class Features:
     unreadable: list[str]
     key: str
     notes: list[str] = field(default_factory=list)
+    tiles: Tiles | None = None
 
 
 def tokens_of(batch: ImageBatch, backbone: Backbone) -> NDArray:
@@ -73,9 +76,16 @@ def digest(path: Path) -> str | None:
 
 
 def key_of(
-    backbone: Backbone, image_size: ImageSize, precision: str, paths: Sequence[Path], digests: Sequence[str | None]
+    backbone: Backbone,
+    image_size: ImageSize,
+    precision: str,
+    paths: Sequence[Path],
+    digests: Sequence[str | None],
+    tiling: Tiling | None = None,
 ) -> str:
+    """What features are recognised by: all that they depend on, and how they are kept."""
     kept_in = "" if precision == "float32" else f" {precision}"
+    kept_in += "" if tiling is None else f" in tiles that overlap by {tiling.overlap:g}"
     hashed = hashlib.sha256(f"{_FORMAT} {backbone.fingerprint()} {in_words(image_size)}{kept_in}\n".encode())
     for path, digest in zip(paths, digests, strict=True):
         hashed.update((digest or f"missing {path}").encode("utf-8", "surrogatepass"))

@@ -68,7 +68,7 @@ class _Read(NamedTuple):
 
 def read_batches(
     images: Sequence[ImageLike],
-    image_size: ImageSize,
+    image_size: ImageSize | None,
     batch_size: int = BATCH,
     *,
     digests: Sequence[str | None] | None = None,
@@ -78,7 +78,8 @@ def read_batches(
 
     Args:
         images: files, or what is in memory already, see `as_image`.
-        image_size: (height, width) that they are resized to, or the side of a square.
+        image_size: (height, width) that they are resized to, or the side of a square; None leaves the batch without
+            tensors.
         digests: the SHA-256 that each file should have; one that has another has changed meanwhile, and is a failure.
         keep_pictures: give the decoded images too. Where they are large, a batch has fewer, and less is read ahead,
             so that memory stays bounded.
@@ -123,16 +124,17 @@ def read_batches(
                 future.cancel()
 
 
-def _decoded(image: Image.Image, image_size: ImageSize, keep: bool, pixels: int, opened: float) -> _Read:
+def _decoded(image: Image.Image, image_size: ImageSize | None, keep: bool, pixels: int, opened: float) -> _Read:
     size, note = (image.height, image.width), image.info.get("note")
-    return _Read(to_tensor(image, image_size), size, image if keep else None, note, pixels, opened)
+    tensor = torch.zeros(0) if image_size is None else to_tensor(image, image_size)
+    return _Read(tensor, size, image if keep else None, note, pixels, opened)
 
 
-def _batch(results: Sequence[_Read | Failure], image_size: ImageSize) -> ImageBatch:
+def _batch(results: Sequence[_Read | Failure], image_size: ImageSize | None) -> ImageBatch:
     read = {position: result for position, result in enumerate(results) if not isinstance(result, Failure)}
     tensors = [one.tensor for one in read.values()]
     return ImageBatch(
-        torch.stack(tensors) if tensors else torch.zeros(0, 3, *size_of(image_size)),
+        torch.stack(tensors) if tensors else torch.zeros(0, 3, *size_of(image_size or 0)),
         list(read),
         [replace(result, position=i) for i, result in enumerate(results) if isinstance(result, Failure)],
         len(results),

@@ -21,6 +21,7 @@ ImageLike = str | os.PathLike | Image.Image | NDArray | Tensor
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000", "AVIF")
 _PREVIEWS = ("MPO",)  # whose further pictures are previews of the first
 EXIF_ORIENTATION = 0x0112
+SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
 class UnreadableImage(UniadFastError):
@@ -55,7 +56,8 @@ def decode(content: bytes, path: str | os.PathLike) -> Image.Image:
     A note of what was not shown as it is, such as 12 bits in 16, is in the image's `info["note"]`.
     """
     with naming(path):
-        image = ImageOps.exif_transpose(open_image(content))
+        image = open_image(content)
+        ImageOps.exif_transpose(image, in_place=True)  # a copy of a large picture is large
         return to_rgb(image)
 
 
@@ -154,7 +156,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
     if note:
         image.info["note"] = note
     return image

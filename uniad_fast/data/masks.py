@@ -11,10 +11,9 @@ from ..errors import UniadFastError
 from ..image_size import ImageSize, Size, size_of
 from ..printable import printable
 from .image_files import list_images
-from .images import EXIF_ORIENTATION, UnreadableImage, naming, open_image, read_bytes, stored_size
+from .images import EXIF_ORIENTATION, SIDEWAYS, UnreadableImage, naming, open_image, read_bytes, stored_size
 
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
-_SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
 def read_mask(path: str | os.PathLike, image_size: ImageSize, image: str | os.PathLike | None = None) -> NDArray:
@@ -61,7 +60,7 @@ def _marked(path: Path) -> NDArray:
 def _turned_like(marked: NDArray, path: Path, image: str | os.PathLike) -> NDArray:
     """The mask as the upright image lies; masks are mostly drawn on that, some on the image as stored."""
     (width, height), orientation = stored_size(image)
-    upright = (width, height) if orientation in _SIDEWAYS else (height, width)
+    upright = (width, height) if orientation in SIDEWAYS else (height, width)
     if marked.shape == upright or orientation == 1:
         turned = marked
     elif marked.shape == (height, width):

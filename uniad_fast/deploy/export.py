@@ -97,6 +97,8 @@ def _check_choices(trained: Trained, path: Path, format: str, precision: str, im
         raise ExportError(f"precision must be float32, or float16 or int8 for openvino, got {precision!r} for {format}")
     if images not in ("uint8", "float32"):
         raise ExportError(f"images must be uint8 or float32, got {images!r}")
+    if trained.settings.tiling is not None:
+        raise ExportError("a detector that looks at tiles is no single graph: it cuts pictures, and blends their maps")
     if trained.calibration is None:
         raise ExportError("this detector has no threshold: set one first with uniad-fast calibrate")
     require(*{"onnx": ("onnx", "onnxscript"), "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}[format])

@@ -8,10 +8,13 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from ..data.image_batches import ImageBatch
 from ..detect.detector import AnomalyDetector
 from ..detect.prediction import Prediction
+from ..detect.settings import DetectorSettings
 from ..errors import UniadFastError
 from ..image_size import in_words
 
@@ -32,7 +35,7 @@ class Scored(NamedTuple):
 
 
 class _Waiting(NamedTuple):
-    image: Tensor
+    image: Tensor | Image.Image
     size: tuple[int, int]
     class_name: str | None
     done: "Future[Scored]"
@@ -69,8 +72,11 @@ class MicroBatches:
         """How many images wait, about."""
         return self._queue.qsize()
 
-    def submit(self, image: Tensor, size: tuple[int, int], class_name: str | None = None) -> "Future[Scored]":
-        """An image [3, h, w] in [0, 1], resized to the detector's size, and the (height, width) that it had.
+    def submit(
+        self, image: Tensor | Image.Image, size: tuple[int, int], class_name: str | None = None
+    ) -> "Future[Scored]":
+        """An image [3, h, w] in [0, 1], resized to the detector's size, or the picture for one that looks at tiles, and
+        the (height, width) that it had.
 
         Args:
             class_name: None where it is to be recognized. The future fails with UnknownClass where it is not known.
@@ -94,9 +100,9 @@ class MicroBatches:
         Raises:
             UniadFastError: it takes others.
         """
-        before, after = (in_words(one.settings.image_size) for one in (self.detector, detector))
+        before, after = (_taken(one.settings) for one in (self.detector, detector))
         if before != after:
-            raise UniadFastError(f"the new detector takes images of {after} pixels, this one {before}: start anew")
+            raise UniadFastError(f"the new detector takes {after}, this one {before}: start anew")
         self.detector = detector
 
     def stop(self) -> None:
@@ -147,11 +153,17 @@ class MicroBatches:
 
     def _measure_known(self, known: list[tuple[_Waiting, int | None]], detector: AnomalyDetector) -> None:
         try:
-            _, score_maps, fields = detector.measure(
-                torch.stack([one.image for one, _ in known]), [told for _, told in known]
+            images = [one.image for one, _ in known]
+            tensors = [image for image in images if isinstance(image, Tensor)]
+            batch = ImageBatch(
+                torch.stack(tensors) if tensors else torch.zeros(0),
+                list(range(len(images))),
+                [],
+                len(images),
+                [one.size for one, _ in known],
+                [image for image in images if not isinstance(image, Tensor)],
             )
-            maps = detector.pipeline.enlarge(score_maps)
-            found = detector.judge(maps, fields, sizes=[one.size for one, _ in known])
+            found = detector.verdicts(batch, [told for _, told in known]).predictions
         except Exception as error:  # whoever waits has to be told, whatever it is
             if len(known) == 1:
                 known[0][0].done.set_exception(error)
@@ -160,3 +172,9 @@ class MicroBatches:
             return
         for (one, _), prediction in zip(known, found, strict=True):
             one.done.set_result(Scored(prediction, detector))
+
+
+def _taken(settings: DetectorSettings) -> str:
+    """What images a detector takes, in words."""
+    size = in_words(settings.image_size)
+    return f"images of {size} pixels" if settings.overlap is None else f"pictures in tiles of {size} pixels"

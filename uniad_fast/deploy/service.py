@@ -27,8 +27,8 @@ from torch import Tensor
 from ..data.images import decode, pixels_of, to_tensor
 from ..detect.detector import AnomalyDetector
 from ..detect.heatmap import heat_map
+from ..detect.settings import DetectorSettings
 from ..errors import UniadFastError
-from ..image_size import Size
 from ..printable import printable
 from .micro_batches import MicroBatches, QueueFull, Scored, UnknownClass
 from .service_metrics import ServiceMetrics
@@ -171,11 +171,11 @@ class Service:
         self, name: str, content: bytes, class_name: str | None, with_map: bool, regions: bool
     ) -> ImageResult:
         loop = asyncio.get_running_loop()
-        image_size = self.batches.detector.settings.image_size
+        settings = self.batches.detector.settings
         pixels = await self._let_in(name, content)
         try:
-            read = await loop.run_in_executor(self.pool, _decoded, name, content, image_size, with_map)
-            scored = await asyncio.wrap_future(self.batches.submit(read.tensor, read.size, class_name))
+            read = await loop.run_in_executor(self.pool, _decoded, name, content, settings, with_map)
+            scored = await asyncio.wrap_future(self.batches.submit(read.image, read.size, class_name))
         except QueueFull as error:
             raise HTTPException(429, str(error), _TOO_MANY) from None
         except UnknownClass as error:
@@ -222,18 +222,21 @@ class Service:
 
 
 class _Read(NamedTuple):
-    """An image for the detector: [3, h, w], the (height, width) that it had, the picture to draw on, a remark."""
+    """An image for the detector: [3, h, w], or the picture for one that looks at tiles; the (height, width) that it
+    had, the picture to draw on, a remark.
+    """
 
-    tensor: Tensor
+    image: Tensor | Image.Image
     size: tuple[int, int]
     picture: Image.Image | None
     note: str | None
 
 
-def _decoded(name: str, content: bytes, image_size: Size, keep: bool) -> _Read:
+def _decoded(name: str, content: bytes, settings: DetectorSettings, keep: bool) -> _Read:
     picture = decode(content, name)
     size = (picture.height, picture.width)
-    return _Read(to_tensor(picture, image_size), size, picture if keep else None, picture.info.get("note"))
+    image = to_tensor(picture, settings.image_size) if settings.overlap is None else picture
+    return _Read(image, size, picture if keep else None, picture.info.get("note"))
 
 
 async def _images_of(request: Request, body: bytes, most: int) -> list[tuple[str, bytes]]:

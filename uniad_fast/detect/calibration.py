@@ -18,7 +18,7 @@ from .scales import Scale, fit_scale, joined, scores_unseen
 from .tail import Threshold, threshold_for
 
 _BATCH = 32
-_COLOR_IMAGES = 256
+_COLOR_IMAGES, _COLOR_PIXELS = 256, 1 << 18  # at most that many pixels of an image
 _DIGITS = 6
 
 
@@ -106,20 +106,31 @@ class Calibration:
         )
 
 
-def calibrate(
-    score_maps: Sequence[Tensor], enlarge: Callable[[Tensor], Tensor], image_score: str, false_alarm_rate: float
-) -> Calibration:
-    """Figures from raw score maps [images, H, W] of good images, for each field: empty where a class has none.
+@dataclass(frozen=True)
+class RawMaps:
+    """Raw anomaly maps of some images, a batch [b, height, width] at a time, each of which may be of another size."""
+
+    images: int
+    batches: Callable[[], Iterator[Tensor]]
+
+    @classmethod
+    def enlarged(cls, score_maps: Tensor, enlarge: Callable[[Tensor], Tensor]) -> "RawMaps":
+        """Of scores per location [images, H, W], by `Pipeline.enlarge`."""
+        return cls(len(score_maps), lambda: (enlarge(batch.float()).cpu() for batch in score_maps.split(_BATCH)))
+
+
+def calibrate(maps_of: Sequence[RawMaps], image_score: str, false_alarm_rate: float, step: int = 1) -> Calibration:
+    """Figures from raw anomaly maps of good images, for each field: none where a class has none.
 
     Args:
-        score_maps: of images that had no part in what they are measured by. Where there are several fields, the last
-            one's are images of all classes, as they are measured without knowing the class.
-        enlarge: score maps -> anomaly maps, see `Pipeline.enlarge`.
+        maps_of: each field's, of images that had no part in what they are measured by. Where there are several fields,
+            the last one's are images of all classes, as they are measured without knowing the class.
+        step: pixels that a value of a map stands for, along each side.
 
     Raises:
         UniadFastError: a score is not finite, or there is no image.
     """
-    found = [_read(maps, enlarge, image_score) for maps in score_maps]
+    found = [_read(maps, image_score, step) for maps in maps_of]
     told = found[:-1] if len(found) > 1 else found
     if not sum(len(one.scores) for one in told):
         raise UniadFastError("a threshold needs the score of at least one good image")
@@ -156,17 +167,18 @@ class _Read:
     picked: NDArray
 
 
-def _read(score_maps: Tensor, enlarge: Callable[[Tensor], Tensor], image_score: str) -> _Read:
-    step = max(1, len(score_maps) // _COLOR_IMAGES)
+def _read(raw: RawMaps, image_score: str, step: int) -> _Read:
+    every = max(1, raw.images // _COLOR_IMAGES)
     scores, highest, peaks = ([np.zeros(0)] for _ in range(3))
-    picked = [np.zeros(0, np.float32)]
-    for number, batch in enumerate(score_maps.split(_BATCH)):
-        maps = enlarge(batch.float()).cpu()
-        scores.append(image_scores(maps, image_score).double().numpy())
-        highest.append(scores[-1] if image_score == "max" else image_scores(maps, "max").double().numpy())
+    picked, done = [np.zeros(0, np.float32)], 0
+    for maps in raw.batches():
+        scores.append(image_scores(maps, image_score, step).double().numpy())
+        highest.append(scores[-1] if image_score == "max" else image_scores(maps, "max", step).double().numpy())
         peaks.append(maps.amax(dim=(1, 2)).numpy())
-        some = maps[-number * _BATCH % step :: step].flatten()
+        some = maps[-done % every :: every].flatten(1)
+        some = some[:, :: max(1, some.shape[1] // _COLOR_PIXELS)].flatten()
         picked.append(some[some > 0].numpy())  # what nobody looks at is 0
+        done += len(maps)
     return _Read(*(np.concatenate(parts) for parts in (scores, highest, peaks, picked)))
 
 

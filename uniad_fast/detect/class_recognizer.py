@@ -68,9 +68,15 @@ def pooled(features: Tensor) -> Tensor:
 
 
 def fit_recognizer(
-    recognizer: ClassRecognizer, vectors: Tensor, classes: Sequence[int] | NDArray, seed: int = 0
+    recognizer: ClassRecognizer,
+    vectors: Tensor,
+    classes: Sequence[int] | NDArray,
+    seed: int = 0,
+    pictures: NDArray | None = None,
 ) -> tuple[int, int, int]:
     """Fit it to pooled features [images, 2C], and tell how it does on images that it was not fitted to.
+
+    pictures: number of each image's picture, where it is a tile: those of one picture are held out together.
 
     Returns:
         Of the images, each seen by a recognizer of four fifths of the others: (taken for another class, not sure of,
@@ -78,7 +84,8 @@ def fit_recognizer(
     """
     labels = np.asarray(classes)
     wrong = unsure = seen = 0
-    order = np.random.default_rng(seed).permutation(len(labels)) % _FOLDS
+    names, own = np.unique(np.arange(len(labels)) if pictures is None else pictures, return_inverse=True)
+    order = (np.random.default_rng(seed).permutation(len(names)) % _FOLDS)[own]
     for fold in range(_FOLDS):
         inside = order == fold
         known = np.isin(labels[inside], labels[~inside])

@@ -1,38 +1,27 @@
 """AnomalyDetector: images in, scores, labels and anomaly maps out."""
 
 import dataclasses
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, overload
+from collections.abc import Mapping
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
-from ..data.image_batches import read_batches
-from ..data.images import ImageLike, UnreadableImage
-from ..data.masks import read_roi
 from ..data.samples import Sample
-from ..errors import UniadFastError
 from ..image_size import ImageSize, checked_size
 from ..models.backbone import Backbone
 from ..models.placement import usable_device, usable_impl
 from ..models.uniad import UniAD
-from .calibration import Calibration
 from .fitting import new_pipeline
 from .good_images import GoodImages, good_samples
 from .learning import Run, Surroundings, learn, recalibrated
-from .pipeline import Measured, Pipeline
-from .prediction import Prediction, judge_maps
 from .public_config import read_config
+from .scoring import Scoring
 from .settings import DetectorSettings
 from .trained import Trained, load_trained, save_trained
 
 
-class AnomalyDetector:
+class AnomalyDetector(Scoring):
     """Finds and locates defects with one model for many classes, trained from good images only.
 
     >>> detector = AnomalyDetector(backbone="tf_efficientnet_lite0").fit("path/to/good/images")
@@ -48,11 +37,9 @@ class AnomalyDetector:
         settings: the others of `uniad_fast.detect.settings.DetectorSettings`, such as recipe="paper",
             residual_score="l2", image_score="mean", false_alarm_rate=0.05, held_out=0.2, seed=1.
 
-    Attributes:
-        settings: all choices, with their defaults.
+    Attributes, besides those of `Scoring`:
         unreadable: images that `fit` or `calibrate` left out, one message each.
         notes: remarks on images that they did not see quite as they are.
-        engine: what `predict` measures images with in place of the pipeline, see `uniad_fast.deploy.engines`.
 
     Raises:
         UniadFastError: an argument is out of range, or there is no such device.
@@ -74,9 +61,6 @@ class AnomalyDetector:
         self.device, self.impl = usable_device(device), usable_impl(impl)
         self.cache_dir = cache_dir
         self.unreadable, self.notes = list[str](), list[str]()
-        self.engine: Callable[[Tensor, Sequence[int | None] | None], Measured] | None = None
-        self._trained: Trained | None = None
-        self._roi: Tensor | None = None
 
     @classmethod
     def from_settings(cls, settings: DetectorSettings, **options: Any) -> "AnomalyDetector":
@@ -185,88 +169,6 @@ class AnomalyDetector:
         self.unreadable, self.notes = found.unreadable, found.notes
         return self
 
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether it has a threshold; a converted detector has none before `calibrate`."""
-        return self._trained is not None and self._trained.calibration is not None
-
-    @property
-    def pipeline(self) -> Pipeline:
-        """The trained module from images to raw maps; RuntimeError before `fit` or `load`."""
-        return self.trained.pipeline
-
-    @property
-    def calibration(self) -> Calibration:
-        """Scales, threshold and colours, from good images; RuntimeError where there are none."""
-        found = self.trained.calibration
-        if found is None:
-            raise RuntimeError("this detector has no threshold: call calibrate() with good images")
-        return found
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes that it was trained on, none before."""
-        return self._trained.classes if self._trained is not None else ()
-
-    @overload
-    def predict(self, images: ImageLike, class_name: str | None = None) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is a sequence
-    @overload
-    def predict(self, images: Sequence[ImageLike], class_name: str | None = None) -> list[Prediction]: ...
-    def predict(
-        self, images: ImageLike | Sequence[ImageLike], class_name: str | None = None
-    ) -> Prediction | list[Prediction]:
-        """Score an image, or a list of them: a `Prediction`, or a list of these.
-
-        Args:
-            images: a path, a Pillow image, an array [height, width] or [height, width, 3] (uint8, or float in
-                [0, 1]), a tensor [3, height, width] (likewise), or a list of any of these.
-            class_name: of all of them, one of `classes`; None recognizes it image by image.
-
-        Raises:
-            UnreadableImage: a file can't be read.
-            UniadFastError: an array or tensor of another shape, a score that is not finite, or no such class.
-        """
-        if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
-            return self.predict([images], class_name)[0]
-        told = None if class_name is None else self.trained.class_number(class_name)
-        predictions: list[Prediction] = []
-        for batch in read_batches(images, self.settings.image_size):
-            if batch.failures:
-                raise UnreadableImage(batch.failures[0].message(images[len(predictions) :]))
-            _, score_maps, fields = self.measure(batch.images, [told] * len(batch.images))
-            predictions += self.judge(self.pipeline.enlarge(score_maps), fields, sizes=batch.sizes)
-        for number, prediction in enumerate(predictions):
-            if not math.isfinite(prediction.score):
-                raise UniadFastError(f"the score of image {number} is {prediction.score}: no label can be given to it")
-        return predictions
-
-    def measure(self, images: Tensor, told: Sequence[int | None] | None = None) -> Measured:
-        """images [B, 3, h, w] in [0, 1] by the engine that is set, as `Pipeline.measure` does it."""
-        return (self.engine or self.pipeline.measure)(images, told)
-
-    def judge(
-        self,
-        maps: Tensor,
-        fields: Tensor | None = None,
-        threshold: float | None = None,
-        sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> list[Prediction]:
-        """What raw anomaly maps [B, h, w] say of their images; a score that is not finite is for the caller to refuse.
-
-        Args: as of `judge_maps`, but fields may be None for the last, and a threshold of None is the detector's own.
-        """
-        known = self.trained
-        if fields is None:
-            fields = torch.full((len(maps),), known.pipeline.fields - 1)
-        return judge_maps(maps, fields, known.names, known.settings.image_score, known.calibration, threshold, sizes)
-
-    def look_at(self, roi: str | os.PathLike | NDArray) -> "AnomalyDetector":
-        """Look at a part of each image alone, from now on, as `read_roi` takes it; returns self."""
-        self._roi = torch.from_numpy(read_roi(roi, self.settings.image_size))
-        if self._trained is not None:
-            self.pipeline.roi = self._roi.to(self.device)
-        return self
-
     def save(self, directory: str | os.PathLike) -> None:
         """Write a bundle: everything that `load` needs, the backbone too. Replaces a bundle, never another folder.
 
@@ -288,13 +190,6 @@ class AnomalyDetector:
         usable_device(device)  # before a bundle is blamed
         usable_impl(impl)
         return cls.of(load_trained(directory, impl), device=device, impl=impl)
-
-    @property
-    def trained(self) -> Trained:
-        """What it has learnt; RuntimeError before `fit` or `load`."""
-        if self._trained is None:
-            raise RuntimeError("this detector is not trained: call fit(), or AnomalyDetector.load()")
-        return self._trained
 
     def _surroundings(self, quiet: bool) -> Surroundings:
         return Surroundings(self.device, self.impl, self.cache_dir, self.backbone_weights, quiet)

@@ -18,10 +18,10 @@ from ..training.processes import current
 from .decisions import Decisions, decide
 from .detector import AnomalyDetector
 from .metrics import DETECTION, LOCALISATION, detection_metrics, localisation_metrics, mean_of_defined
-from .pipeline import Pipeline
 from .prediction import Prediction
 from .reconstructions import Reconstructions
 from .score_files import score_files
+from .trained import Trained
 
 COLUMNS = tuple(f"image_{name}" for name in DETECTION) + tuple(f"pixel_{name}" for name in LOCALISATION)
 
@@ -169,7 +169,7 @@ def _measure(detector: AnomalyDetector, name: str, scored: _Scored) -> tuple[dic
         notes.append(f"pixel metrics: {missing} of {sum(labels)} defective images have no mask")
     else:
         maps = [scored.score_maps[i] for i in rows]
-        found = localisation_metrics(_MapsAndMasks(detector.pipeline, samples, maps, scored.unreadable, notes))
+        found = localisation_metrics(_MapsAndMasks(detector.trained, samples, maps, scored.unreadable, notes))
         pixel = found.values
         notes += [f"pixel metrics: {found.undefined}"] if found.undefined else []
     values = {f"image_{metric}": value for metric, value in image.values.items()}
@@ -181,22 +181,22 @@ class _MapsAndMasks:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        known: Trained,
         samples: list[Sample],
         score_maps: list[torch.Tensor],
         unreadable: list[str],
         notes: list[str],
     ) -> None:
-        self._pipeline = pipeline
+        self._pipeline, self._tiling = known.pipeline, known.settings.tiling
         self._unreadable = unreadable
         self._notes = notes
         self._told: set[Sample] = set()
         self._items = list(zip(samples, score_maps, strict=True))
 
     def __iter__(self) -> Iterator[tuple[NDArray, NDArray]]:
-        size = self._pipeline.image_size
         for item in list(self._items):
             sample, score_map = item
+            size = self._pipeline.image_size if self._tiling is None else (score_map.shape[0], score_map.shape[1])
             mask = np.zeros(size, dtype=bool)
             if sample.mask is not None:
                 try:
@@ -208,6 +208,6 @@ class _MapsAndMasks:
                 if (not mask.any() or mask.all()) and sample not in self._told:
                     self._told.add(sample)
                     self._notes.append(f"{printable(sample.mask)} marks {'everything' if mask.all() else 'nothing'}")
-            if self._pipeline.roi is not None:
-                mask = mask & self._pipeline.roi.cpu().numpy()
-            yield self._pipeline.enlarge(score_map[None])[0].cpu().numpy(), mask
+            mask = self._pipeline.masked(torch.from_numpy(mask)[None])[0].numpy()
+            whole = score_map if self._tiling is not None else self._pipeline.enlarge(score_map[None])[0]
+            yield whole.cpu().numpy(), mask

@@ -112,7 +112,11 @@ class GaussianFit:
 
 
 def fit_gaussians(
-    vectors: Vectors, classes: Sequence[int] | NDArray, number_of_classes: int, seed: int = 0
+    vectors: Vectors,
+    classes: Sequence[int] | NDArray,
+    number_of_classes: int,
+    seed: int = 0,
+    pictures: NDArray | None = None,
 ) -> GaussianFit:
     """Gaussians of good images, and the distances that such images have.
 
@@ -120,11 +124,14 @@ def fit_gaussians(
         vectors: gives the vectors of images by their numbers, from 0 to len(classes) - 1.
         classes: of each image, from 0 to number_of_classes - 1; every class has one at least.
         seed: of the folds.
+        pictures: of each image, where it is a tile, the number of the picture that it is of. Tiles of one picture are
+            in one fold, since they show the same places; None where each image is a picture of its own.
 
     Raises:
         UniadFastError: vectors are not finite or all alike, or there is one image alone.
     """
-    members = [_picked(np.flatnonzero(np.asarray(classes) == k)) for k in range(number_of_classes)]
+    own = np.arange(len(classes)) if pictures is None else pictures
+    members = [_picked(np.flatnonzero(np.asarray(classes) == k), own) for k in range(number_of_classes)]
     total = sum(map(len, members))
     if total < 2:
         raise UniadFastError("a score is fitted to at least two good images")
@@ -133,22 +140,27 @@ def fit_gaussians(
     for k, rows in enumerate(members):
         others = None
         if number_of_classes > 1 and total > len(rows):
-            own = shares[k] * Moments.of(vectors(rows)).covariances
-            others = (pool - own) / max(1e-12, 1 - shares[k])
+            share = shares[k] * Moments.of(vectors(rows)).covariances
+            others = (pool - share) / max(1e-12, 1 - shares[k])
             if not (others.diagonal(dim1=1, dim2=2) > 0).any():  # classes of one image each
                 others = None
-        _fit_one(fit, vectors(rows), others, seed)
+        _fit_one(fit, vectors(rows), others, _folds(own[rows], seed))
     if number_of_classes > 1:
-        together = _picked(np.sort(np.concatenate(members)))
+        together = _picked(np.sort(np.concatenate(members)), own)
         fit.rows.append(together)
-        _fit_one(fit, vectors(together), None, seed)
+        _fit_one(fit, vectors(together), None, _folds(own[together], seed))
     return fit
 
 
-def _fit_one(fit: GaussianFit, x: Tensor, others: Tensor | None, seed: int) -> None:
+def _folds(pictures: NDArray, seed: int) -> Tensor:
+    """The fold of each image, by its picture."""
+    names, own = np.unique(pictures, return_inverse=True)
+    return torch.from_numpy((np.random.default_rng(seed).permutation(len(names)) % _FOLDS)[own])
+
+
+def _fit_one(fit: GaussianFit, x: Tensor, others: Tensor | None, folds: Tensor) -> None:
     if not x.isfinite().all():
         raise UniadFastError("the residuals of good images are not finite: no score can be fitted to them")
-    folds = torch.from_numpy(np.random.default_rng(seed).permutation(len(x)) % _FOLDS)
     mixture = _choose(x, folds, others)
     fit.mixtures.append(mixture)
     fit.gaussians.append(fitted_gaussian(*mixture.of(Moments.of(x), others)))
@@ -207,8 +219,11 @@ def _pool(vectors: Vectors, members: list[NDArray]) -> tuple[Tensor, list[float]
     return pool, shares
 
 
-def _picked(rows: NDArray) -> NDArray:
-    """At most `LARGEST_CLASS` of them, evenly."""
+def _picked(rows: NDArray, pictures: NDArray) -> NDArray:
+    """At most `LARGEST_CLASS` of them, evenly, of whole pictures; two pictures at least."""
     if len(rows) <= LARGEST_CLASS:
         return rows
-    return rows[np.linspace(0, len(rows) - 1, LARGEST_CLASS).round().astype(int)]
+    names, own = np.unique(pictures[rows], return_inverse=True)
+    most = min(max(2, LARGEST_CLASS * len(names) // len(rows)), len(names))
+    kept = np.linspace(0, len(names) - 1, most).round().astype(int)
+    return rows[np.isin(own, kept)]

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.tiling import STEP
 from ..rows import TokenRows
-from .calibration import Calibration, batches, calibrate
+from .calibration import Calibration, RawMaps, batches, calibrate
 from .class_recognizer import fit_recognizer
 from .fitting import UnseenMaps, fit_residual_score, pooled_features, score_maps_of
+from .mosaic import Pictures
 from .pipeline import Pipeline
 from .settings import DetectorSettings
 from .trained import Recognition
@@ -17,48 +19,79 @@ _BY_HEART = 3.0  # standard errors by which images that the network has not seen
 
 
 def fit_scores(
-    pipeline: Pipeline, parts: Sequence[TokenRows], classes: NDArray, settings: DetectorSettings
+    pipeline: Pipeline,
+    parts: Sequence[TokenRows],
+    classes: NDArray,
+    settings: DetectorSettings,
+    pictures: Pictures | None = None,
 ) -> tuple[Calibration, Recognition | None]:
     """Fit all that comes after the network, and set scales, threshold and colours.
 
     Args:
         parts: features [images, N, C], those that the network was trained on first, then what was held out.
         classes: numbers of the classes of all of their images, one part's after the other's.
+        pictures: of which their images are tiles; None where they are none.
 
     Raises:
         UniadFastError: what comes out is not finite.
     """
-    recognition = None
+    recognition, numbers = None, None if pictures is None else pictures.numbers
     if pipeline.recognizer is not None:
         wrong, unsure, seen = fit_recognizer(
-            pipeline.recognizer, pooled_features(pipeline, parts), classes, settings.seed
+            pipeline.recognizer, pooled_features(pipeline, parts), classes, settings.seed, numbers
         )
         recognition = Recognition(seen, wrong, unsure)
-    maps = fit_residual_score(pipeline.residual_score, pipeline, parts, classes, settings.seed)
+    maps = fit_residual_score(pipeline.residual_score, pipeline, parts, classes, settings.seed, numbers)
     trained_on = len(parts[0])
     if maps is None:  # fitted to what was trained on: the others alone have had no part in it
-        return calibrated_by(pipeline, parts[1], classes[trained_on:], settings), recognition
-    if _learnt_by_heart(maps[:-1] if len(maps) > 1 else maps, trained_on):
+        maps = _maps_by_field(pipeline, parts[1], classes[trained_on:])
+        maps = [UnseenMaps(one.rows + trained_on, one.score_maps) for one in maps]
+        return _calibrated(pipeline, maps, settings, pictures), recognition
+    if _learnt_by_heart(maps[:-1] if len(maps) > 1 else maps, trained_on, pictures):
         maps = [UnseenMaps(one.rows[late], one.score_maps[late]) for one in maps for late in [one.rows >= trained_on]]
-    return _calibrated(pipeline, maps, settings), recognition
+    return _calibrated(pipeline, maps, settings, pictures), recognition
 
 
-def calibrated_by(pipeline: Pipeline, tokens: TokenRows, fields: NDArray, settings: DetectorSettings) -> Calibration:
-    """Scales, threshold and colours from features [images, N, C] that nothing was fitted to, each by its field."""
-    return _calibrated(pipeline, _maps_by_field(pipeline, tokens, fields), settings)
+def calibrated_by(
+    pipeline: Pipeline,
+    tokens: TokenRows,
+    fields: NDArray,
+    settings: DetectorSettings,
+    pictures: Pictures | None = None,
+) -> Calibration:
+    """Scales, threshold and colours from features [images, N, C] that nothing was fitted to, each by its field.
+
+    pictures: of which the images are tiles; None where they are none.
+    """
+    return _calibrated(pipeline, _maps_by_field(pipeline, tokens, fields), settings, pictures)
 
 
-def _calibrated(pipeline: Pipeline, maps: Sequence[UnseenMaps], settings: DetectorSettings) -> Calibration:
+def _calibrated(
+    pipeline: Pipeline, maps: Sequence[UnseenMaps], settings: DetectorSettings, pictures: Pictures | None
+) -> Calibration:
     rates = (settings.image_score, settings.false_alarm_rate)
-    return calibrate([one.score_maps for one in maps], pipeline.enlarge, *rates)
+    if pictures is None:
+        return calibrate([RawMaps.enlarged(one.score_maps, pipeline.enlarge) for one in maps], *rates)
+
+    def of_pictures(one: UnseenMaps) -> RawMaps:
+        return RawMaps(
+            len(pictures.whole(one.rows)),
+            lambda: (pipeline.masked(raw) for raw in pictures.maps(one.rows, one.score_maps)),
+        )
+
+    return calibrate([of_pictures(one) for one in maps], *rates, STEP)
 
 
-def _learnt_by_heart(maps: Sequence[UnseenMaps], trained_on: int) -> bool:
+def _learnt_by_heart(maps: Sequence[UnseenMaps], trained_on: int, pictures: Pictures | None) -> bool:
     """Whether images that the network was not trained on score higher, class by class, by more than chance."""
     difference = variance = 0.0
     for one in maps:
         scores = one.score_maps.amax(dim=(1, 2)).double().numpy()
         late = one.rows >= trained_on
+        if pictures is not None:  # which are what is independent of one another
+            whole = pictures.whole(one.rows)
+            scores = np.array([scores[members].max() for members in whole])
+            late = np.array([late[members[0]] for members in whole], dtype=bool)
         if min(late.sum(), (~late).sum()) < 2:
             continue
         weight = float(late.sum())

@@ -91,7 +91,12 @@ class UnseenMaps(NamedTuple):
 
 
 def fit_residual_score(
-    score: ResidualScore, pipeline: Pipeline, parts: Sequence[TokenRows], classes: NDArray, seed: int = 0
+    score: ResidualScore,
+    pipeline: Pipeline,
+    parts: Sequence[TokenRows],
+    classes: NDArray,
+    seed: int = 0,
+    pictures: NDArray | None = None,
 ) -> list[UnseenMaps] | None:
     """Fit a residual score to features of good images, as the pipeline's network reconstructs them.
 
@@ -99,6 +104,7 @@ def fit_residual_score(
         parts: arrays [images, N, C], the one that was trained on first. "gaussian" is fitted to all of them, the
             others to some hundred of the first, evenly picked.
         classes: numbers of the classes of all of their images, one part's after the other's.
+        pictures: of which each is a tile, see `fit_gaussians`.
 
     Returns:
         For "gaussian", maps for each field.
@@ -115,7 +121,7 @@ def fit_residual_score(
     with tempfile.TemporaryFile() as file:  # of any size, and gone whatever happens
         residuals = _residuals(pipeline, score, parts, file)
         count = score.gaussians.fields - 1 if score.gaussians.fields > 1 else 1
-        fit = fit_gaussians(lambda rows: torch.from_numpy(residuals[rows]), classes, count, seed)
+        fit = fit_gaussians(lambda rows: torch.from_numpy(residuals[rows]), classes, count, seed, pictures)
     score.gaussians.set(fit.gaussians)
     size = pipeline.model.feature_size
     return [

@@ -20,6 +20,7 @@ from ..data.feature_cache import NoRoom, cached_features
 from ..data.features import Features
 from ..data.live_features import live_features
 from ..data.samples import DataError, Sample
+from ..errors import UniadFastError
 from ..image_size import in_json
 from ..models.backbone import Backbone
 from ..models.precision import computes_in_bfloat16
@@ -39,6 +40,7 @@ from .fitting import (
     train_pipeline,
 )
 from .good_images import training_split
+from .mosaic import Pictures, by_majority, pictures_of
 from .pipeline import Pipeline
 from .settings import DetectorSettings
 from .trained import Recognition, Trained
@@ -64,11 +66,15 @@ class Surroundings:
         """Of these samples, from the cache or extracted into it; where it is not wanted or has no room, live."""
         paths, size = [sample.path for sample in samples], settings.image_size
         if self.cache_dir is not False:
-            kept_in = settings.feature_precision
+            how: dict[str, Any] = {"precision": settings.feature_precision, "overlap": settings.overlap}
             try:
-                return cached_features(backbone, size, paths, self.cache_dir, what, self.quiet, precision=kept_in)
+                return cached_features(backbone, size, paths, self.cache_dir, what, self.quiet, **how)
             except NoRoom as error:
+                if settings.tiling is not None:
+                    raise
                 print(f"{error}: they are extracted anew whenever they are needed", file=sys.stderr)
+        if settings.tiling is not None:
+            raise UniadFastError("the features of tiles have to be kept: for each one a whole picture would be decoded")
         return live_features(backbone, size, paths, what, self.quiet)
 
 
@@ -100,6 +106,11 @@ class _Good(NamedTuple):
     features: tuple[Features, Features]
     classes: tuple[str, ...]
     numbers: NDArray
+
+    @property
+    def pictures(self) -> Pictures | None:
+        """Of which the images are tiles, where they are."""
+        return pictures_of(self.features)
 
     @property
     def parts(self) -> list[TokenRows]:
@@ -139,9 +150,11 @@ def learn(
         )
     recipe = settings.recipe if before is None else _shorter(settings.recipe, len(good.parts[0]))
     pipeline = _new_pipeline(settings, backbone, len(good.classes), where, before)
-    pipeline.roi = roi.to(where.device) if roi is not None else before.pipeline.roi if before is not None else None
+    looked_at = roi.to(where.device) if roi is not None else before.pipeline.roi if before is not None else None
+    pipeline.roi = looked_at if settings.tiling is None else None  # it is the picture's, and no tile's
     origin = None if before is None else hash_of_state_dict(before.pipeline.model.state_dict())
     log = _train(pipeline, good, settings, recipe, run, where, origin)
+    pipeline.roi = looked_at
     calibration, recognition = _fitted_by_first(pipeline, good, settings)
     trained_with = _machine(recipe, where.device)
     content = (settings, pipeline.eval(), calibration, good.classes, recognition, trained_with, log)
@@ -154,10 +167,10 @@ def _fitted_by_first(
     """What `fit_scores` gives: one process fits, and the others have it from there."""
     together = current()
     if together.count == 1:
-        return fit_scores(pipeline, good.parts, good.numbers, settings)
+        return fit_scores(pipeline, good.parts, good.numbers, settings, good.pictures)
 
     def fit() -> tuple[Any, ...]:
-        found = fit_scores(pipeline, good.parts, good.numbers, settings)
+        found = fit_scores(pipeline, good.parts, good.numbers, settings, good.pictures)
         parts = (pipeline.residual_score, pipeline.recognizer)
         return found, [None if part is None else copy.deepcopy(part).cpu() for part in parts]
 
@@ -183,8 +196,10 @@ def recalibrated(trained: Trained, samples: list[Sample], where: Surroundings) -
         raise DataError("calibration needs a readable good image" + "".join(f"\n  {m}" for m in found.unreadable))
     numbers = {name: number for number, name in enumerate(trained.classes)}
     told = [numbers.get(samples[row].class_name) for row in found.used]
-    fields = fields_of(pipeline, found.tokens, told)
-    return trained._replace(calibration=calibrated_by(pipeline, found.tokens, fields, settings)), found
+    fields, pictures = fields_of(pipeline, found.tokens, told), pictures_of([found])
+    if pictures is not None:
+        fields = by_majority(fields, pictures.numbers)
+    return trained._replace(calibration=calibrated_by(pipeline, found.tokens, fields, settings, pictures)), found
 
 
 def _read(
@@ -240,6 +255,7 @@ def _train(
     identity = {
         "features": good.features[0].key,
         "image_size": in_json(settings.image_size),
+        **({} if settings.overlap is None else {"overlap": settings.overlap}),
         "architecture": dataclasses.asdict(settings.architecture),
         "goes on from": origin,
     }

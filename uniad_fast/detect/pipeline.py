@@ -130,6 +130,13 @@ class Pipeline(nn.Module):
         maps = to_maps(score_maps, self.image_size)
         return maps if self.roi is None else maps * self.roi.to(maps.device)
 
+    def masked(self, maps: Tensor) -> Tensor:
+        """Raw anomaly maps [B, height, width] of whole pictures, of any size: 0 where nobody looks."""
+        if self.roi is None:
+            return maps
+        seen = F.interpolate(self.roi[None, None].float().to(maps.device), maps.shape[1:], mode="nearest-exact")
+        return maps * (seen[0] > 0.5)
+
     def looked_at(self) -> Tensor | None:
         """[N], True for the locations that a place that is looked at belongs to; None where that is all."""
         if self.roi is None:

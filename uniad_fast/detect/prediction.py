@@ -49,6 +49,7 @@ def judge_maps(
     calibration: Calibration | None,
     threshold: float | None = None,
     sizes: Sequence[tuple[int, int]] | None = None,
+    step: int = 1,
 ) -> list[Prediction]:
     """What raw anomaly maps [B, h, w] say of their images.
 
@@ -59,13 +60,14 @@ def judge_maps(
         calibration: of the detector, if it has one.
         threshold: instead of the calibration's.
         sizes: (height, width) of each image in pixels; None for (h, w).
+        step: pixels that a value of a map stands for, along each side.
     """
     if threshold is None and calibration is not None:
         threshold = calibration.threshold.value
     if sizes is None:
         sizes = [(maps.shape[1], maps.shape[2])] * len(maps)
     predictions = []
-    found = (image_scores(maps, image_score).tolist(), maps.cpu().numpy(), fields.tolist(), sizes)
+    found = (image_scores(maps, image_score, step).tolist(), maps.cpu().numpy(), fields.tolist(), sizes)
     for score, one, field, size in zip(*found, strict=True):
         finite = math.isfinite(score)
         regions: tuple[Region, ...] = ()

@@ -111,14 +111,14 @@ def whitening_of(residuals: Tensor) -> Tensor:
     return (vectors / values.sqrt() @ vectors.T).float()
 
 
-def image_scores(maps: Tensor, kind: str) -> Tensor:
-    """maps [B, h, w] -> [B], by one of `IMAGE_SCORES`.
+def image_scores(maps: Tensor, kind: str, step: int = 1) -> Tensor:
+    """maps [B, height, width] -> [B], by one of `IMAGE_SCORES`; a value stands for `step` x `step` pixels.
 
     Raises:
         UniadFastError: there is no such kind.
     """
     if kind == "max":
-        side = min(_POOL, *maps.shape[1:])
+        side = min(_POOL // step, *maps.shape[1:])
         # A square's mean as the mean of its columns' means: 2 * 16 additions a pixel, not 16 * 16.
         columns = F.avg_pool2d(maps[:, None], (side, 1), stride=1)
         return F.avg_pool2d(columns, (1, side), stride=1).amax(dim=(1, 2, 3))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.image_batches import BATCH, ImageBatch, read_batches
+from ..data.image_batches import BATCH, ImageBatch
 from ..printable import printable
 from ..progress import progress
 from ..signals import stop_if_asked
@@ -22,7 +22,8 @@ class ScoredImage(NamedTuple):
     """An image file and what the detector says of it.
 
     number: its place among the paths. picture: the decoded image, where it was asked for. size: its (height, width).
-    score_map: [H, W], scores per location, of which the prediction's map is the enlargement.
+    score_map: [H, W], scores per location, of which the prediction's map is the enlargement; of an image that was
+    looked at in tiles its raw anomaly map.
     """
 
     number: int
@@ -36,8 +37,8 @@ class ScoredImage(NamedTuple):
 class ScoredBatch(NamedTuple):
     """Some image files, scored.
 
-    tokens: [len(images), N, C], their features. unreadable: a message for each that could not be read.
-    notes: remarks on images that were not seen quite as they are.
+    tokens: [len(images), N, C], their features, none of images in tiles. unreadable: a message for each that could not
+    be read. notes: remarks on images that were not seen quite as they are.
     """
 
     images: list[ScoredImage]
@@ -69,11 +70,10 @@ def score_files(
         UniadFastError: the detector does not know a class.
         Stopped: a signal asked for it, between two batches.
     """
-    size = detector.settings.image_size
     numbers = {name: detector.trained.class_number(name) for name in {*(classes or ())} if name is not None}
     told = [None if name is None else numbers[name] for name in classes or [None] * len(paths)]
     start, pace = 0, pace or Pace()
-    batches = read_batches(paths, size, batch_size, keep_pictures=keep_pictures)
+    batches = detector.read(paths, batch_size, keep_pictures)
     with progress("scoring", len(paths), quiet=quiet) as bar, contextlib.closing(batches):
         while True:
             with pace.stage("waiting for files"):
@@ -81,7 +81,8 @@ def score_files(
             if batch is None:
                 return
             own = range(start, start + batch.size)
-            images, tokens = _scored(detector, batch, [paths[n] for n in own], [told[n] for n in own], threshold, pace)
+            parts = ([paths[n] for n in own], [told[n] for n in own])
+            images, tokens = _scored(detector, batch, *parts, threshold, keep_pictures, pace)
             yield ScoredBatch(
                 [one._replace(number=start + one.number) for one in images],
                 tokens,
@@ -99,18 +100,15 @@ def _scored(
     paths: Sequence[Path],
     told: Sequence[int | None],
     threshold: float | None,
+    keep_pictures: bool,
     pace: Pace,
 ) -> tuple[list[ScoredImage], Tensor]:
     """The batch's images, numbered from 0, and their features."""
     if not batch.used:
         return [], torch.zeros(0, 0, 0)
-    with pace.stage("measuring"):
-        tokens, score_maps, fields = detector.measure(batch.images, [told[n] for n in batch.used])
-    with pace.stage("verdicts"):
-        maps = detector.pipeline.enlarge(score_maps)
-        predictions = detector.judge(maps, fields, threshold, batch.sizes)
+    found = detector.verdicts(batch, [told[n] for n in batch.used], threshold, pace)
     pace.judged(batch.opened)
-    pictures: Sequence[Image.Image | None] = batch.pictures or [None] * len(batch.used)
+    pictures: Sequence[Image.Image | None] = batch.pictures if keep_pictures else [None] * len(batch.used)
     own = [paths[n] for n in batch.used]
-    scored = zip(batch.used, own, pictures, predictions, score_maps.cpu(), batch.sizes, strict=True)
-    return [ScoredImage(*one) for one in scored], tokens
+    scored = zip(batch.used, own, pictures, found.predictions, found.score_maps, batch.sizes, strict=True)
+    return [ScoredImage(*one) for one in scored], found.tokens

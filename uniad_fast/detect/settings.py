@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from ..data.feature_shards import PRECISIONS
+from ..data.tiling import Tiling
 from ..errors import UniadFastError
 from ..image_size import Size, checked_size, in_json
 from ..models.architecture import PAPER_ARCHITECTURE, Architecture
 from ..training.recipes import RECIPES, Recipe
 from .residual_score import IMAGE_SCORES, RESIDUAL_SCORES
 
-_NOT_YET = {"feature_precision"}  # in bundles of earlier releases, which have the default
+_NOT_YET = {"feature_precision": "float32", "overlap": None}  # what earlier releases did not know, and did
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -37,6 +38,8 @@ class DetectorSettings:
         false_alarm_rate: share of good images that may score above the threshold, in (0, 1).
         held_out: share of the good images that the network is not trained on, in (0, 1).
         seed: of initial values, batch order, noise and the held-out choice.
+        overlap: None resizes a picture to `image_size`; a share from 0 to 0.9 cuts it in tiles of that size at its own
+            resolution, which overlap by that share of their sides. Sides are then multiples of 4 pixels.
         feature_precision: in which features of training images are kept, "float32", or at half the size "float16" or
             "bfloat16".
 
@@ -57,6 +60,7 @@ class DetectorSettings:
     held_out: float = 0.1
     seed: int = 0
     feature_precision: str = "float32"
+    overlap: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.recipe, str):
@@ -86,10 +90,20 @@ class DetectorSettings:
         if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
             raise UniadFastError(f"seed must be an integer from 0 to 2^63 - 1, got {self.seed!r}")
         object.__setattr__(self, "seed", int(self.seed))  # NumPy's are no JSON
+        _ = self.tiling  # which refuses what can't be cut
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How pictures are cut; None where they are resized."""
+        return None if self.overlap is None else Tiling(self.image_size, self.overlap)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values, for `from_json`."""
-        return dataclasses.asdict(self) | {"image_size": in_json(self.image_size)}
+        """As JSON values, for `from_json`; without what earlier releases did not know, where it is as they had it."""
+        content = dataclasses.asdict(self) | {"image_size": in_json(self.image_size)}
+        content = {name: value for name, value in content.items() if name not in _NOT_YET or value != _NOT_YET[name]}
+        if self.recipe.sampling == "all":
+            del content["recipe"]["sampling"]
+        return content
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "DetectorSettings":
@@ -106,7 +120,7 @@ class DetectorSettings:
             mean, std = content["normalization"]
             values["normalization"] = (tuple(mean), tuple(std))
         names = {field.name for field in dataclasses.fields(cls)}
-        if not names - _NOT_YET <= values.keys() <= names:
+        if not names - _NOT_YET.keys() <= values.keys() <= names:
             raise KeyError(", ".join(sorted(values.keys() ^ names)))
         return cls(**values)
 
