@@ -121,15 +121,16 @@ template <int DEGREE> INLINE vfloat exp2(vfloat x) {
 #else
   const vint underflow = x < -126.f;
   x = vmax(splat(-126.f), x);
-  const vfloat shifted = x + 12582912.f;  // 1.5 * 2^23 leaves the whole number nearest to x in the last bits
-  const vfloat f = x - (shifted - 12582912.f);
+  const vfloat shifted = x + 12583039.f;  // 1.5 * 2^23 + 127 leaves the exponent of the nearest power in the last bits
+  const vfloat f = x - (shifted - 12583039.f);
   vfloat p = f * 1.534581242594868e-4f + 1.3399930903688073e-3f;
   p = p * f + 9.618489071726799e-3f;
   p = p * f + 5.550328642129898e-2f;
   p = p * f + 2.4022646248340607e-1f;
   p = p * f + 6.931471824645996e-1f;
   p = p * f + 1.f;
-  return underflow ? vfloat{} : (vfloat)((vword)p + ((vword)shifted << 23));
+  // A product: a sum with the bits of p would make numbers of those NaNs whose last bits are not 0.
+  return underflow ? vfloat{} : p * (vfloat)((vword)shifted << 23);
 #endif
 }
 
