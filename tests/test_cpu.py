@@ -137,12 +137,15 @@ def test_strided_inputs_are_not_copied(monkeypatch):
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("path", build.paths())
 @pytest.mark.parametrize("where", ["query", "key"])
-def test_a_nan_goes_through(where):
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, -1])
+def test_a_nan_goes_through_whatever_its_bits_are(bits, where, path, monkeypatch):
+    monkeypatch.setattr(launch, "load", lambda: build.load(path))
     tensors = dict.fromkeys(("query", "key", "value")) | {
         n: torch.randn(1, 1, 35, 8) for n in ("query", "key", "value")
     }
-    tensors[where][0, 0, 17, 3] = float("nan")
+    tensors[where][0, 0, 17, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     out = neighbor_masked_attention(*tensors.values(), (5, 7), (3, 3), impl="cpu")
     expected = neighbor_masked_attention(*tensors.values(), (5, 7), (3, 3), impl="reference")
     assert torch.equal(out.isnan(), expected.isnan()) and expected.isnan().any()

@@ -66,6 +66,7 @@ def test_tests_are_found_by_the_files_name():
     across = {
         "choices", "cpu", "house", "imports", "not_finite", "hostile", "op_memory", "op_tracing", "op_differentiation",
         "operators", "extreme_scores", "classes", "readme", "study_data", "triton", "bench", "cli", "fuzz", "torture",
+        "arm",
     }  # fmt: skip
     stems = {path.stem for path in FILES if "tests" not in path.parts}
     for path in (ROOT / "tests").rglob("test_*.py"):

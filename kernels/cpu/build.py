@@ -33,7 +33,17 @@ PATHS: dict[str | None, list[str]] = {
     "avx512_bf16": [f"-m{name}" for name in (*_AVX512, "avx512bf16")],
     "avx512": [f"-m{name}" for name in _AVX512],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "neon_bf16": ["-march=armv8.2-a+bf16"],
+    "neon": ["-march=armv8-a"],
     "portable": [],
+}
+# What /proc/cpuinfo calls what a path needs. "portable" is what no other path is for: every ARM of 64 bits has NEON.
+_NEEDED = {
+    "avx512_bf16": {*_AVX512, "avx512_bf16"},
+    "avx512": {*_AVX512},
+    "avx2": {"avx2", "fma", "f16c"},
+    "neon_bf16": {"asimd", "bf16"},
+    "neon": {"asimd"},
 }
 # Whatever reads or writes beside a tensor, or does what C++ leaves undefined, ends the process: for the tests.
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g")
@@ -76,8 +86,8 @@ def problem() -> str | None:
 def paths() -> list[str]:
     """The named paths that this processor can run."""
     flags = set(_processor().split())
-    needed = {"avx512_bf16": {*_AVX512, "avx512_bf16"}, "avx512": {*_AVX512}, "avx2": {"avx2", "fma", "f16c"}}
-    return [name for name in PATHS if name is not None and needed.get(name, set()) <= flags]
+    found = [name for name, needed in _NEEDED.items() if needed <= flags]
+    return found if _is_arm() else [*found, "portable"]
 
 
 @cache
@@ -86,14 +96,24 @@ def _load(path: str | None, flags: tuple[str, ...]) -> ctypes.CDLL:
     made_of = hashlib.sha256()
     for file in (*SOURCES, *_HEADERS):
         made_of.update(file.read_bytes())
-    for text in (*_FLAGS, *PATHS[path], *flags, compiler, torch.__version__, _processor()):
+    all_flags = [*_FLAGS, *_flags(path, compiler), *flags]
+    for text in (*all_flags, compiler, torch.__version__, _processor()):
         made_of.update(text.encode() + b"\0")
     name = f"{path or 'native'}-{made_of.hexdigest()[:20]}"
-    library = _find(_folder(), name) or _compile(_folder(), name, [*_FLAGS, *PATHS[path], *flags])
+    library = _find(_folder(), name) or _compile(_folder(), name, all_flags)
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise BuildError(f"the compiled C++ kernels can't be loaded: {error}") from error
+
+
+def _flags(path: str | None, compiler: str) -> list[str]:
+    # On ARM, Clang took no -march=native before its version 16, and GCC's -mcpu=native ignores pairs of unknown cores.
+    return ["-mcpu=native"] if path is None and _is_arm() and "clang" in compiler else PATHS[path]
+
+
+def _is_arm() -> bool:
+    return platform.machine() == "aarch64"
 
 
 def _find(folder: Path, name: str) -> Path | None:
@@ -193,4 +213,5 @@ def _processor() -> str:
 
 
 PAYS = "avx2" in paths()
-"""Whether the kernels are the fastest way here: with vectors of four, PyTorch's forward pass is twice as fast."""
+"""Whether the kernels are known to be the fastest way here: on x86 with vectors of four, PyTorch's forward pass is
+twice as fast, and on ARM nobody has timed either."""

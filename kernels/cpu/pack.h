@@ -34,7 +34,18 @@ inline void pack_rows(
 
 // Rows of words [count][width / PAIR] -> [count / PAIR][width], words of tokens that are neighbours.
 template <class Mode> inline void pair_rows(const uint32_t* rows, int64_t count, int64_t width, uint32_t* out) {
-#if defined(UNIAD_BF16)
+#if defined(UNIAD_NEON) && defined(UNIAD_BF16)
+  if constexpr (Mode::PAIR == 2) {
+    for (int64_t t = 0; t < count; t += 2, rows += width, out += width) {
+      for (int64_t c = 0; c < width; c += 8) {
+        const uint16x8_t first = load<uint16x8_t>(rows + c / 2), second = load<uint16x8_t>(rows + (width + c) / 2);
+        store(out + c, vzip1q_u16(first, second));
+        store(out + c + 4, vzip2q_u16(first, second));
+      }
+    }
+    return;
+  }
+#elif defined(UNIAD_BF16)
   if constexpr (Mode::PAIR == 2) {
     alignas(64) uint16_t order[32];
     for (int i = 0; i < 32; i++) order[i] = (uint16_t)(i / 2 + 32 * (i % 2));
@@ -60,7 +71,12 @@ inline void transpose_rows(const uint32_t* rows, int64_t count, int64_t words, u
 
 // Two rows of lanes as one row of words; for single words, the first row alone.
 template <class Mode> INLINE vword pair_lanes(vfloat first, vfloat second) {
-#if defined(UNIAD_BF16)
+#if defined(UNIAD_NEON) && defined(UNIAD_BF16)
+  if constexpr (Mode::PAIR == 2) {
+    const auto narrow = [](vfloat v) { return (uint16x8_t)vcvtq_low_bf16_f32((float32x4_t)v); };
+    return (vword)vzip1q_u16(narrow(first), narrow(second));
+  }
+#elif defined(UNIAD_BF16)
   if constexpr (Mode::PAIR == 2) {
     alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};

@@ -10,7 +10,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "simd.h"
+#include "pack.h"
 
 namespace uniad {
 
@@ -74,8 +74,17 @@ template <class Mode, int R, int V> INLINE void tile_sums(
     if (is_first)
 #pragma GCC unroll 24
       for (int r = 0; r < R; r++) __builtin_prefetch(row[r] + R * words + begin, 0, 2);
+    int64_t c = begin;
+#if defined(UNIAD_NEON)
 #pragma GCC unroll 1
-    for (int64_t c = begin; c < end; c++) {
+    for (; c + LANES <= end; c += LANES) {
+      const uint32_t* words_of[R];
+      for (int r = 0; r < R; r++) words_of[r] = row[r] + c;
+      multiply_four<Mode>(words_of, in + c * V * LANES, V * LANES, sum);
+    }
+#endif
+#pragma GCC unroll 1
+    for (; c < end; c++) {
       vword right[V];
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) right[v] = load<vword>(in + (c * V + v) * LANES);
@@ -145,23 +154,30 @@ inline void pair_weights(const float* from, int64_t rows, int64_t ins, uint32_t*
   for (int64_t r = 0; r < rows; r++)
     for (int64_t c = 0; c < ins; c += 2 * LANES) {
       const int64_t left = ins - c;
+#if defined(UNIAD_NEON)
+      const float* at = from + r * ins + c;
+      const vfloat low = widen_vector(at, left);
+      const vfloat high = left > LANES ? widen_vector(at + LANES, left - LANES) : vfloat{};
+      const auto pairs = vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)low), (float32x4_t)high);
+      memcpy(to + r * words + c / 2, &pairs, std::min<int64_t>(LANES, (left + 1) / 2) * 4);
+#else
       const __mmask16 low = left >= LANES ? 0xffff : (1 << left) - 1;
       const __mmask16 high = left >= 2 * LANES ? 0xffff : left > LANES ? (1 << (left - LANES)) - 1 : 0;
       const __mmask16 stored = left >= 2 * LANES ? 0xffff : (1 << (left + 1) / 2) - 1;
       const float* at = from + r * ins + c;
       const __m512bh pair = _mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high, at + LANES), _mm512_maskz_loadu_ps(low, at));
       _mm512_mask_storeu_epi32(to + r * words + c / 2, stored, (__m512i)pair);
+#endif
     }
 }
 
 // A panel's channels as pairs of bfloat16 that are neighbours in their token.
 inline void pair_panel(const float* from, int64_t ins, int64_t width, uint32_t* to) {
-  const auto narrow = [](const float* p) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p))); };
   for (int64_t c = 0; c < ins; c += 2)
     for (int64_t t = 0; t < width; t += LANES) {
-      const __m512i low = narrow(from + c * width + t);
-      const __m512i high = c + 1 < ins ? narrow(from + (c + 1) * width + t) : _mm512_setzero_si512();
-      store(to + c / 2 * width + t, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      const float* low = from + c * width + t;
+      const vfloat high = c + 1 < ins ? load<vfloat>(low + width) : vfloat{};
+      store(to + c / 2 * width + t, pair_lanes<Half>(load<vfloat>(low), high));
     }
 }
 #endif

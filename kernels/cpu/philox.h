@@ -27,6 +27,12 @@ INLINE void multiply_wide(vword a, uint32_t m, vword* high, vword* low) {
   const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
   *high = (vword)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
   *low = (vword)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+#elif defined(UNIAD_NEON)
+  const uint32x4_t words = (uint32x4_t)a, factor = vdupq_n_u32(m);
+  const uint32x4_t first = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(words), vget_low_u32(factor)));
+  const uint32x4_t last = vreinterpretq_u32_u64(vmull_high_u32(words, factor));
+  *high = (vword)vuzp2q_u32(first, last);
+  *low = (vword)vuzp1q_u32(first, last);
 #else
   for (int l = 0; l < LANES; l++) {
     const uint64_t product = (uint64_t)a[l] * m;
@@ -62,6 +68,9 @@ INLINE vword lane_numbers() {
 INLINE mask_t at_least(vword a, uint32_t threshold) {
 #if defined(UNIAD_AVX512)
   return _mm512_cmpge_epu32_mask((__m512i)a, _mm512_set1_epi32((int)threshold));
+#elif defined(UNIAD_NEON)
+  const vword lane = splat_word(1) << lane_numbers();
+  return vaddvq_u32((uint32x4_t)((vword)(a >= threshold) & lane));
 #else
   mask_t bits = 0;
   for (int l = 0; l < LANES; l++) bits |= (mask_t)(a[l] >= threshold) << l;
@@ -123,6 +132,8 @@ INLINE vfloat log_of(vfloat x) {
 INLINE vfloat sqrt_of(vfloat x) {
 #if defined(UNIAD_AVX512)
   return (vfloat)_mm512_sqrt_ps((__m512)x);
+#elif defined(UNIAD_NEON)
+  return (vfloat)vsqrtq_f32((float32x4_t)x);
 #else
   for (int l = 0; l < LANES; l++) x[l] = __builtin_sqrtf(x[l]);
   return x;

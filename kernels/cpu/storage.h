@@ -18,6 +18,10 @@ INLINE float widen(bf16 x) {
 INLINE float widen(fp16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
+#elif defined(UNIAD_NEON)
+  __fp16 value;
+  memcpy(&value, &x, 2);
+  return value;
 #else
   const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
   uint32_t bits;
@@ -47,6 +51,9 @@ INLINE void narrow(float x, bf16* out) {
 INLINE void narrow(float x, fp16* out) {
 #if defined(__F16C__)
   out->bits = (uint16_t)_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(UNIAD_NEON)
+  const __fp16 value = x;
+  memcpy(out, &value, 2);
 #else
   uint32_t bits;
   memcpy(&bits, &x, 4);
@@ -74,6 +81,8 @@ INLINE vfloat widen_vector(const float* p) { return load<vfloat>(p); }
 INLINE vfloat widen_vector(const bf16* p) {
 #if defined(UNIAD_AVX512)
   return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16);
+#elif defined(UNIAD_NEON)
+  return (vfloat)vshll_n_u16(load<uint16x4_t>(p), 16);
 #else
   vfloat v;
   for (int l = 0; l < LANES; l++) v[l] = widen(p[l]);
@@ -83,6 +92,8 @@ INLINE vfloat widen_vector(const bf16* p) {
 INLINE vfloat widen_vector(const fp16* p) {
 #if defined(UNIAD_AVX512)
   return (vfloat)_mm512_cvtph_ps(load<__m256i>(p));
+#elif defined(UNIAD_NEON)
+  return (vfloat)vcvt_f32_f16(load<float16x4_t>(p));
 #else
   vfloat v;
   for (int l = 0; l < LANES; l++) v[l] = widen(p[l]);
@@ -98,7 +109,12 @@ template <class T> INLINE vfloat widen_vector(const T* p, int64_t count) {
 
 INLINE void narrow_vector(vfloat v, float* p) { store(p, v); }
 INLINE void narrow_vector(vfloat v, bf16* p) {
-#if defined(UNIAD_BF16)
+#if defined(UNIAD_NEON) && defined(UNIAD_BF16)
+  store(p, vcvt_bf16_f32((float32x4_t)v));
+#elif defined(UNIAD_NEON)
+  const vword bits = (vword)v, rounded = bits + 0x7fff + (bits >> 16 & 1);
+  store(p, vshrn_n_u32((uint32x4_t)(v == v ? rounded : splat_word(0x7fc00000)), 16));
+#elif defined(UNIAD_BF16)
   store(p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
 #elif defined(UNIAD_AVX512)
   const __m512i bits = (__m512i)v;
@@ -114,6 +130,8 @@ INLINE void narrow_vector(vfloat v, bf16* p) {
 INLINE void narrow_vector(vfloat v, fp16* p) {
 #if defined(UNIAD_AVX512)
   store(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(UNIAD_NEON)
+  store(p, vcvt_f16_f32((float32x4_t)v));
 #else
   for (int l = 0; l < LANES; l++) narrow(v[l], p + l);
 #endif
