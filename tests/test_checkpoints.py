@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from public_checkpoints import GRID, SIDE, network, public_state, under
 
 from uniad_fast import AnomalyDetector, UniAD
-from uniad_fast.detect.verdicts import judged
 from uniad_fast.interop import checkpoints as checkpoints
 from uniad_fast.models.backbone import Backbone
 from uniad_fast.models.efficientnet import _MODELS, native_size, public_names, recognize
@@ -60,7 +59,7 @@ def expected_maps(frozen_features, images, net=None):
 
 
 def assert_scores_as(detector, maps, scores, images):
-    predictions = judged(detector.trained, detector.pipeline(images))
+    predictions = detector.judge(detector.pipeline(images))
     ours = torch.stack([torch.from_numpy(p.anomaly_map) for p in predictions])
     torch.testing.assert_close(ours, maps, rtol=1e-4, atol=1e-4)
     assert [p.score for p in predictions] == pytest.approx(scores.tolist(), rel=1e-4)

@@ -184,6 +184,25 @@ def test_where_nobody_looks_in_a_picture_of_tiles(tiled, pictures):
     assert not found.label and not found.regions
 
 
+def test_a_place_is_judged_by_what_good_pictures_have_there(options, tmp_path):
+    """What every good picture has at one place is good there: the mean map of good pictures is flatter."""
+    rng = np.random.default_rng(3)
+    for index in range(24):
+        picture = np.concatenate([striped_picture(rng, 1, False)[0] for _ in range(3)], 1)
+        picture[20:40, 150:170] = rng.integers(0, 256, (20, 20, 1))
+        save(picture, tmp_path / f"data/train/good/{index:02}.png")
+    spreads = {}
+    for name, chosen in (("aligned", ["--aligned"]), ("loose", [])):
+        rest = [one for i, one in enumerate(options) if "--image-size" not in options[max(0, i - 1) : i + 1]]
+        call("train", tmp_path / "data", "-o", tmp_path / name, *rest, "--tile", 64, *chosen)
+        detector = AnomalyDetector.load(tmp_path / name)
+        assert detector.settings.aligned == (name == "aligned") == (detector.pipeline.places is not None)
+        found = detector.predict(sorted((tmp_path / "data/train/good").iterdir()))
+        mean = np.mean([one.anomaly_map for one in found], axis=0)
+        spreads[name] = mean.std() / np.std([one.anomaly_map for one in found])
+    assert spreads["aligned"] < 0.8 * spreads["loose"], spreads
+
+
 def test_good_pictures_set_the_threshold_anew(tiled, pictures, tmp_path):
     detector = AnomalyDetector.load(tiled)
     before = detector.calibration
@@ -198,6 +217,8 @@ def test_what_tiles_do_not_go_with(tiled, pictures, options, tmp_path):
         detector.export(tmp_path / "d.onnx")
     output = call("train", pictures, "-o", tmp_path / "b", *options, "--tile", "64", code=2)
     assert "give one of them" in output
+    with pytest.raises(UniadFastError, match="aligned"):
+        AnomalyDetector("resnet10t", aligned=True)
     assert "there is no --tile" in call("train", pictures, "-o", tmp_path / "b", "--overlap", "0.2", code=2)
     rest = options[options.index("--backbone-weights") :]
     rest = rest[: rest.index("--cache")] + ["-q"]

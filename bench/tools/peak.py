@@ -7,11 +7,12 @@ from pathlib import Path
 def extra_bytes(call: Callable[[], object]) -> int:
     """How far resident memory rises above where it is, while `call` runs."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
-    before = _status("VmRSS")
+    before = status("VmRSS")
     call()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
+    """Bytes of a line of this process's status, such as VmHWM."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))

@@ -47,7 +47,7 @@ from .options import (
 
 _THE_BUNDLE_S = (
     "recipe", "epochs", "backbone", "backbone_weights", "image_size", "residual_score", "image_score",
-    "false_alarm_rate", "held_out", "seed", "sampling", "cache_precision", "tile", "overlap",
+    "false_alarm_rate", "held_out", "seed", "sampling", "cache_precision", "tile", "overlap", "aligned",
 )  # fmt: skip
 _OVERLAP = 0.25
 _TRAINING, _LOCK = "uniad_fast training", "lock"
@@ -65,6 +65,7 @@ def train(
     image_size: ImageSize = "224",
     tile: options.Tile = None,
     overlap: options.Overlap = None,
+    aligned: options.Aligned = False,
     residual_score: options.ResidualScoreOrNone = None,
     image_score: options.ImageScoreOfTraining = "max",
     false_alarm_rate: FalseAlarmRate = 0.01,
@@ -98,7 +99,7 @@ def train(
     else:
         size, shared = _size_and_overlap(context, image_size, tile, overlap)
         detector = AnomalyDetector(
-            backbone, size, overlap=shared, backbone_weights=backbone_weights,
+            backbone, size, overlap=shared, aligned=aligned, backbone_weights=backbone_weights,
             recipe=replace(RECIPES[recipe].with_epochs(epochs), sampling=sampling), feature_precision=cache_precision,
             residual_score=residual_score or "", image_score=image_score, false_alarm_rate=false_alarm_rate,
             held_out=held_out, seed=seed, device=device, cache_dir=cache_of(cache, no_cache),

@@ -44,3 +44,7 @@ Tile = Annotated[
 Overlap = Annotated[
     float | None, typer.Option(help="Share of a tile's sides that neighbours have in common. Default: 0.25.")
 ]
+Aligned = Annotated[
+    bool,
+    typer.Option("--aligned", help="Pictures in tiles show the same at the same place: it is judged by what is there."),
+]

@@ -18,7 +18,6 @@ from ..data.image_batches import read_batches
 from ..data.images import ImageLike
 from ..detect.detector import AnomalyDetector
 from ..detect.pipeline import Measured
-from ..detect.verdicts import judged
 from ..errors import UniadFastError
 from ..progress import progress
 from .engine_files import EngineFiles
@@ -163,9 +162,7 @@ def _difference(
     score = largest = 0.0
     classes = 0
     for theirs, own in pairs:
-        both = [
-            judged(detector.trained, detector.pipeline.enlarge(one.score_maps), one.fields) for one in (theirs, own)
-        ]
+        both = [detector.judge(detector.pipeline.enlarge(one.score_maps), one.fields) for one in (theirs, own)]
         classes += int((theirs.fields != own.fields).sum())
         for one, other in zip(*both, strict=True):
             score = max(score, difference(np.array(one.score / scale), np.array(other.score / scale)))

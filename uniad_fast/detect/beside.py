@@ -17,6 +17,7 @@ from ..rows import TokenRows
 from .detector import AnomalyDetector
 from .fit_scores import calibrated_by, fit_scores
 from .learning import Surroundings
+from .mosaic import pictures_of
 from .pipeline import Pipeline
 from .trained import Trained
 
@@ -70,12 +71,15 @@ def beside(detector: AnomalyDetector, samples: list[Sample], quiet: bool = False
     classes = tuple(sorted(set(names)))
     numbers = np.array([classes.index(name) for name in names])
     own = without_network(pipeline, len(classes), where.device)
-    calibration, recognition = fit_scores(own, [found.tokens], numbers, settings)
+    pictures = pictures_of([found])
+    calibration, recognition = fit_scores(own, [found.tokens], numbers, settings, pictures)
     other = without_network(pipeline, 1, where.device)
-    kept = np.random.default_rng(settings.seed).permutation(len(numbers)) % _HELD_OUT != 0
+    _, images = np.unique(found.used, return_inverse=True)  # whose tiles are held out together
+    kept = (np.random.default_rng(settings.seed).permutation(images.max() + 1) % _HELD_OUT != 0)[images]
     other.residual_score = _memory(other, found.tokens[kept], settings.seed)  # type: ignore[assignment]
     unseen = found.tokens[~kept]
-    measured = calibrated_by(other, unseen, np.zeros(len(unseen), np.int64), settings)
+    of = None if pictures is None else pictures.part(np.flatnonzero(~kept))
+    measured = calibrated_by(other, unseen, np.zeros(len(unseen), np.int64), settings, of)
     return {
         "without network": AnomalyDetector.of(
             Trained(settings, own, calibration, classes, recognition), device=where.device

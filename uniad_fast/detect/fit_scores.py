@@ -1,9 +1,12 @@
 """Recognizer, residual score and calibration of a pipeline, from features of good images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..data.tiling import STEP
 from ..rows import TokenRows
@@ -15,6 +18,8 @@ from .pipeline import Pipeline
 from .settings import DetectorSettings
 from .trained import Recognition
 
+_PLACES = 32  # along each side of a picture
+_PRIOR = 10  # pictures
 _BY_HEART = 3.0  # standard errors by which images that the network has not seen may score higher than those it has
 
 
@@ -73,13 +78,34 @@ def _calibrated(
     if pictures is None:
         return calibrate([RawMaps.enlarged(one.score_maps, pipeline.enlarge) for one in maps], *rates)
 
-    def of_pictures(one: UnseenMaps) -> RawMaps:
+    if settings.aligned:
+        pipeline.places = torch.stack([_places(pictures.maps(one.rows, one.score_maps)) for one in maps])
+        pipeline.places = pipeline.places.to(pipeline.device)
+
+    def of_pictures(one: UnseenMaps, field: int) -> RawMaps:
         return RawMaps(
             len(pictures.whole(one.rows)),
-            lambda: (pipeline.masked(raw) for raw in pictures.maps(one.rows, one.score_maps)),
+            lambda: (
+                pipeline.masked(pipeline.by_place(raw[0], field)[None])
+                for raw in pictures.maps(one.rows, one.score_maps)
+            ),
         )
 
-    return calibrate([of_pictures(one) for one in maps], *rates, STEP)
+    return calibrate([of_pictures(one, field) for field, one in enumerate(maps)], *rates, STEP)
+
+
+def _places(maps: Iterable[Tensor]) -> Tensor:
+    """[_PLACES, _PLACES]: what raw maps [1, height, width] of good pictures have at each place, over its mean.
+
+    Few pictures say little of a place: it is drawn towards the mean as if `_PRIOR` more had that there.
+    """
+    total, count = torch.zeros(_PLACES, _PLACES), 0
+    for raw in maps:
+        total += F.adaptive_avg_pool2d(raw[None].float().cpu(), _PLACES)[0, 0]
+        count += 1
+    if not total.mean() > 0:
+        return torch.ones(_PLACES, _PLACES)
+    return (count * total / total.mean() + _PRIOR) / (count + _PRIOR)
 
 
 def _learnt_by_heart(maps: Sequence[UnseenMaps], trained_on: int, pictures: Pictures | None) -> bool:

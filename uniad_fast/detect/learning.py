@@ -171,11 +171,10 @@ def _fitted_by_first(
 
     def fit() -> tuple[Any, ...]:
         found = fit_scores(pipeline, good.parts, good.numbers, settings, good.pictures)
-        parts = (pipeline.residual_score, pipeline.recognizer)
+        parts = (pipeline.residual_score, pipeline.recognizer, pipeline.places)
         return found, [None if part is None else copy.deepcopy(part).cpu() for part in parts]
 
-    found, (residual_score, recognizer) = together.from_first(fit)
-    pipeline.residual_score, pipeline.recognizer = residual_score, recognizer
+    found, (pipeline.residual_score, pipeline.recognizer, pipeline.places) = together.from_first(fit)
     pipeline.to(pipeline.device)
     return found
 

@@ -81,6 +81,10 @@ class Pictures:
             sizes += tiles.sizes
         return cls(parts[0][1].tiling, np.array(numbers, dtype=np.int64), corners, sizes)
 
+    def part(self, rows: NDArray) -> "Pictures":
+        """Of some of the tiles alone."""
+        return Pictures(self.tiling, self.numbers[rows], [self.corners[row] for row in rows], self.sizes)
+
     def whole(self, rows: NDArray) -> list[NDArray]:
         """Of some tiles, those of each picture that is there as a whole: their places among `rows`."""
         found = []

@@ -44,6 +44,7 @@ class Pipeline(nn.Module):
 
     mean: Tensor
     std: Tensor
+    places: Tensor | None  # [fields, rows, cols]: of aligned pictures, what good ones have there over its mean
     roi: Tensor | None  # [h, w], True where the image is looked at; None looks everywhere
 
     def __init__(
@@ -63,6 +64,7 @@ class Pipeline(nn.Module):
         self.register_buffer("mean", torch.zeros(backbone.channels))
         self.register_buffer("std", torch.ones(backbone.channels))
         self.register_buffer("roi", None)
+        self.register_buffer("places", None)
         deepest = backbone.deepest
         self.fields = classes + 1 if classes > 1 else 1
         self.residual_score = ResidualScore(residual_score, deepest, model.feature_size, self.fields)
@@ -129,6 +131,15 @@ class Pipeline(nn.Module):
         """Scores per location [B, H, W] -> anomaly maps [B, h, w]; 0, the best there is, where nobody looks."""
         maps = to_maps(score_maps, self.image_size)
         return maps if self.roi is None else maps * self.roi.to(maps.device)
+
+    def by_place(self, raw: Tensor, field: int) -> Tensor:
+        """Raw anomaly map [height, width] of a picture in tiles, relative to what good pictures have at each place, if
+        they are aligned.
+        """
+        if self.places is None:
+            return raw
+        typical = F.interpolate(self.places[field][None, None].to(raw.device), raw.shape, mode="bilinear")
+        return raw / typical[0, 0]
 
     def masked(self, maps: Tensor) -> Tensor:
         """Raw anomaly maps [B, height, width] of whole pictures, of any size: 0 where nobody looks."""

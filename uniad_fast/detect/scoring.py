@@ -16,13 +16,14 @@ from ..data.image_batches import BATCH, ImageBatch, read_batches
 from ..data.images import ImageLike, UnreadableImage
 from ..data.masks import read_roi
 from ..errors import UniadFastError
+from ..image_size import Size
 from .calibration import Calibration
 from .pace import Pace
 from .pipeline import Measured, Pipeline
 from .prediction import Prediction
 from .settings import DetectorSettings
 from .trained import Trained
-from .verdicts import Verdicts, verdicts
+from .verdicts import Verdicts, judged, verdicts
 
 
 class Scoring:
@@ -117,6 +118,19 @@ class Scoring:
     ) -> Verdicts:
         """What a batch that `read` gave is like, as `uniad_fast.detect.verdicts` has it."""
         return verdicts(self.measure, self.trained, batch, told, threshold, pace)
+
+    def judge(
+        self,
+        maps: Tensor,
+        fields: Tensor | None = None,
+        threshold: float | None = None,
+        sizes: Sequence[Size] | None = None,
+    ) -> list[Prediction]:
+        """What raw anomaly maps [B, h, w] say of their images; a score that is not finite is for the caller to refuse.
+
+        Args: as of `judge_maps`, but fields may be None for the last, and a threshold of None is the detector's own.
+        """
+        return judged(self.trained, maps, fields, sizes, threshold)
 
     def look_at(self, roi: str | os.PathLike | NDArray) -> Self:
         """Look at a part of each image alone, from now on, as `read_roi` takes it; returns self."""

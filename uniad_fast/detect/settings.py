@@ -15,7 +15,8 @@ from ..models.architecture import PAPER_ARCHITECTURE, Architecture
 from ..training.recipes import RECIPES, Recipe
 from .residual_score import IMAGE_SCORES, RESIDUAL_SCORES
 
-_NOT_YET = {"feature_precision": "float32", "overlap": None}  # what earlier releases did not know, and did
+# Of earlier releases, whose detectors were so.
+_NOT_YET = {"feature_precision": "float32", "overlap": None, "aligned": False}
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -40,6 +41,8 @@ class DetectorSettings:
         seed: of initial values, batch order, noise and the held-out choice.
         overlap: None resizes a picture to `image_size`; a share from 0 to 0.9 cuts it in tiles of that size at its own
             resolution, which overlap by that share of their sides. Sides are then multiples of 4 pixels.
+        aligned: pictures in tiles show the same thing at the same place: a place is judged by what good pictures of the
+            class have there.
         feature_precision: in which features of training images are kept, "float32", or at half the size "float16" or
             "bfloat16".
 
@@ -61,6 +64,7 @@ class DetectorSettings:
     seed: int = 0
     feature_precision: str = "float32"
     overlap: float | None = None
+    aligned: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.recipe, str):
@@ -90,7 +94,8 @@ class DetectorSettings:
         if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
             raise UniadFastError(f"seed must be an integer from 0 to 2^63 - 1, got {self.seed!r}")
         object.__setattr__(self, "seed", int(self.seed))  # NumPy's are no JSON
-        _ = self.tiling  # which refuses what can't be cut
+        if not isinstance(self.aligned, bool) or (self.aligned and self.tiling is None):
+            raise UniadFastError(f"aligned says of pictures in tiles whether they are, got {self.aligned!r}")
 
     @property
     def tiling(self) -> Tiling | None:

@@ -166,6 +166,8 @@ def _make_room(pipeline: Pipeline, tensors: StateDict) -> None:
     """Let it have what the settings do not say: as many of the Gaussians' directions as stored, and where it looks."""
     if "roi" in tensors:
         pipeline.roi = torch.empty(pipeline.image_size, dtype=torch.bool, device="meta")
+    if "places" in tensors and tensors["places"].ndim == 3:
+        pipeline.places = torch.empty(pipeline.fields, *tensors["places"].shape[1:], device="meta")
     gaussians, stored = pipeline.residual_score.gaussians, tensors.get(_DIRECTIONS)
     if gaussians is not None and stored is not None and stored.ndim == 3:
         locations, channels = gaussians.directions.shape[0], gaussians.directions.shape[2]

@@ -63,7 +63,7 @@ def verdicts(
         with pace.stage("measuring"):
             raw, field = _measure_tiles(measure, known, tiling, picture, number)
         with pace.stage("verdicts"):
-            maps.append(pipeline.masked(raw[None])[0])
+            maps.append(pipeline.masked(pipeline.by_place(raw, field)[None])[0])
             found += judged(known, maps[-1][None], torch.tensor([field]), [size], threshold)
     return Verdicts(found, maps, torch.zeros(0, 0, 0))
 

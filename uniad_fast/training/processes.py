@@ -8,7 +8,7 @@ take longer is waited for by looking at the store.
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -170,8 +170,3 @@ def _variable(name: str) -> str | None:
     if name not in os.environ and "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         return os.environ.get(_OF_SLURM[name])
     return os.environ.get(name)
-
-
-def own_share(items: Sequence[T]) -> list[T]:
-    """Every `count`-th, from this process's on."""
-    return list(items[_current.rank :: _current.count])
