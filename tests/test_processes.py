@@ -92,7 +92,7 @@ def test_a_process_that_is_killed_again_and_again_costs_nothing(by_two, tmp_path
     while kills < KILLS and started.poll() is None:
         time.sleep(float(draw.uniform(0.2, 1.5)))
         pids = [int(file.read_text() or 0) for file in sorted(tmp_path.glob("rank*.pid"))]
-        if len(pids) == 2 and not gone & {0, *pids} and (tmp_path / "checkpoint.pt").exists():
+        if len(pids) == 2 and all(pids) and not gone & {*pids} and (tmp_path / "checkpoint.pt").exists():
             os.kill(pids[draw.integers(2)], signal.SIGKILL)
             gone, kills = gone | set(pids), kills + 1
             began = time.monotonic()

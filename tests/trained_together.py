@@ -33,7 +33,8 @@ def main(folder: Path, seconds: float) -> None:
     torch.manual_seed(0)
     model = build_model(24, 16, (6, 6), RECIPE, architecture=SMALL)
     with noted(), processes.joined() as together:
-        (folder / f"rank{together.rank}.pid").write_text(str(os.getpid()))
+        with atomic_path(folder / f"rank{together.rank}.pid") as path:
+            path.write_text(str(os.getpid()))
         criterion = ReconstructionLoss(model, *channel_statistics(TOKENS), optimization.loss(RECIPE))
         files = RunFiles(folder, {}, resume=True, checkpoint_seconds=0.0, together=together, quiet=True)
         train(criterion, TOKENS, RECIPE, 5, files, validation=TOKENS[:5])
