@@ -211,6 +211,12 @@ def test_a_detector_without_a_threshold_is_refused(detector, tmp_path):
         export_detector(detector.trained._replace(calibration=None), tmp_path / "d.onnx", "onnx")
 
 
+def test_a_detector_exports_itself(detector, tmp_path):
+    metadata = detector.export(tmp_path / "d.pt2", "torch", images="float32")
+    assert metadata["images"] == "float32" and metadata["threshold"] == detector.calibration.threshold.value
+    assert load_exported(tmp_path / "d.pt2", trusted=True).metadata == metadata
+
+
 def test_a_failed_export_leaves_nothing(detector, tmp_path, monkeypatch):
     def fail(*_args, **_options):
         raise KeyboardInterrupt

@@ -48,7 +48,7 @@ def main() -> None:
     grid = backbone.feature_size(size)
     print(f"{data.name}, {options.backbone} at {size} x {size}, {len(picked)} tokens remembered of {len(every)}")
     for name, channels in (("all stages", slice(None)), ("deepest stage", backbone.deepest)):
-        tested = torch.from_numpy(np.array(data.test_tokens[..., channels]))
+        tested = torch.from_numpy(np.array(data.test_tokens)[..., channels])
         found = distances(tested, every[picked][:, channels].contiguous()).unflatten(1, grid)
         for kind in IMAGE_SCORES:
             aurocs = []

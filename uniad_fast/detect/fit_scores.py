@@ -49,9 +49,8 @@ def fit_scores(
     maps = fit_residual_score(pipeline.residual_score, pipeline, parts, classes, settings.seed, numbers)
     trained_on = len(parts[0])
     if maps is None:  # fitted to what was trained on: the others alone have had no part in it
-        maps = _maps_by_field(pipeline, parts[1], classes[trained_on:])
-        maps = [UnseenMaps(one.rows + trained_on, one.score_maps) for one in maps]
-        return _calibrated(pipeline, maps, settings, pictures), recognition
+        own = None if pictures is None else pictures.part(np.arange(trained_on, len(classes)))
+        return calibrated_by(pipeline, parts[1], classes[trained_on:], settings, own), recognition
     if _learnt_by_heart(maps[:-1] if len(maps) > 1 else maps, trained_on, pictures):
         maps = [UnseenMaps(one.rows[late], one.score_maps[late]) for one in maps for late in [one.rows >= trained_on]]
     return _calibrated(pipeline, maps, settings, pictures), recognition
@@ -108,7 +107,7 @@ def _places(maps: Iterable[Tensor]) -> Tensor:
     return (count * total / total.mean() + _PRIOR) / (count + _PRIOR)
 
 
-def _learnt_by_heart(maps: Sequence[UnseenMaps], trained_on: int, pictures: Pictures | None) -> bool:
+def _learnt_by_heart(maps: Sequence[UnseenMaps], trained_on: int, pictures: Pictures | None = None) -> bool:
     """Whether images that the network was not trained on score higher, class by class, by more than chance."""
     difference = variance = 0.0
     for one in maps:
