@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import save, striped_picture
 
-from uniad_fast.data import feature_cache as features
+from uniad_fast.data import feature_cache as cache
+from uniad_fast.data import features
 from uniad_fast.data.feature_cache import cached_features
 from uniad_fast.data.feature_shards import PRECISIONS
 from uniad_fast.errors import UniadFastError
@@ -81,7 +82,7 @@ def shards_in(tmp_path):
 def test_a_damaged_shard_is_made_again_alone_and_said_so(
     extract, paths, tmp_path, extracted_images, damage, monkeypatch
 ):
-    monkeypatch.setattr(features, "_SHARD_IMAGES", 2)
+    monkeypatch.setattr(cache, "_SHARD_IMAGES", 2)
     good = np.array(extract(paths).tokens)
     _, shard, _, _ = shards_in(tmp_path)
     content = bytearray(shard.read_bytes())
@@ -104,7 +105,7 @@ def test_a_damaged_shard_is_made_again_alone_and_said_so(
 
 
 def test_an_interrupted_extraction_goes_on(extract, paths, tmp_path, monkeypatch, extracted_images):
-    monkeypatch.setattr(features, "_SHARD_IMAGES", 2)
+    monkeypatch.setattr(cache, "_SHARD_IMAGES", 2)
     tokens = features.tokens_of
 
     def stop_at_the_third(batch, backbone):
@@ -165,11 +166,11 @@ def test_two_processes_share_the_work(backbone_weights, paths, tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from uniad_fast.data import feature_cache
+from uniad_fast.data import feature_cache, features
 from uniad_fast.models.backbone import Backbone
 feature_cache._SHARD_IMAGES = 1
-tokens = feature_cache.tokens_of
-feature_cache.tokens_of = lambda *args: (time.sleep(0.3), print("made", flush=True), tokens(*args))[2]
+tokens = features.tokens_of
+features.tokens_of = lambda *args: (time.sleep(0.3), print("made", flush=True), tokens(*args))[2]
 weights, cache, *paths = sys.argv[1:]
 found = feature_cache.cached_features(
     Backbone.pretrained("resnet10t", 64, weights), 64, list(map(Path, paths)), cache, quiet=True
@@ -205,7 +206,7 @@ def test_features_beyond_float16_are_not_infinite(extract, backbone, paths, tmp_
 
 
 def test_rows_read_like_an_array(extract, paths, monkeypatch):
-    monkeypatch.setattr(features, "_SHARD_IMAGES", 3)
+    monkeypatch.setattr(cache, "_SHARD_IMAGES", 3)
     tokens = extract(paths).tokens
     array = np.array(tokens)
     assert tokens.shape == array.shape and len(tokens) == 7

@@ -33,13 +33,10 @@ class Slow:
         self.calibration = detector.calibration
         self.free, self.sizes = threading.Event(), []
 
-    def measure(self, images, told):
+    def verdicts(self, batch, told):
         self.free.wait(10)
-        self.sizes.append(len(images))
-        return self.real.measure(images, told)
-
-    def judge(self, *arguments, **options):
-        return self.real.judge(*arguments, **options)
+        self.sizes.append(len(batch.images))
+        return self.real.verdicts(batch, told)
 
 
 def test_batches_form_and_the_queue_ends(bundle):
@@ -73,10 +70,10 @@ def test_one_images_fault_is_its_own(bundle):
     """An engine that can't be told a class fails for whoever told one, in the same batch as others."""
 
     class Untold(Slow):
-        def measure(self, images, told):
+        def verdicts(self, batch, told):
             if any(number is not None for number in told):
                 raise UniadFastError("it can't be told")
-            return super().measure(images, told)
+            return super().verdicts(batch, told)
 
     detector = Untold(AnomalyDetector.load(bundle))
     detector.free.set()

@@ -57,12 +57,12 @@ def test_a_relative_place(made_up_classes, options, tmp_path, monkeypatch):
 SLOW = """
 import sys, time
 from uniad_fast.cli.main import app
-from uniad_fast.data import feature_cache
+from uniad_fast.data import feature_cache, features
 from uniad_fast.training.batches import Batches
 
-at, tokens = Batches.at, feature_cache.tokens_of
+at, tokens = Batches.at, features.tokens_of
 Batches.at = lambda *args: (time.sleep(0.2), print("step", flush=True), at(*args))[2]
-feature_cache.tokens_of = lambda *args: (time.sleep({extraction}), print("batch", flush=True), tokens(*args))[2]
+features.tokens_of = lambda *args: (time.sleep({extraction}), print("batch", flush=True), tokens(*args))[2]
 feature_cache._SHARD_IMAGES = 4
 app(sys.argv[1:])
 """

@@ -27,7 +27,7 @@ SMALL = Architecture(hidden_dim=32, nhead=4, num_encoder_layers=1, num_decoder_l
 
 
 def main(folder: Path, seconds: float) -> None:
-    processes.TIMEOUT = timedelta(seconds=8)
+    processes.TIMEOUT = timedelta(seconds=30)
     at = Batches.at
     Batches.at = lambda *args: (time.sleep(seconds), at(*args))[1]
     torch.manual_seed(0)

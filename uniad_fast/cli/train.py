@@ -92,8 +92,7 @@ def train(
     network, and go on by themselves when torchrun starts them again. Exit code: 0 done, 2 an error, 3 done without
     some images that could not be read, 128 + n stopped by a signal.
     """
-    if resume and restart:
-        raise UniadFastError("--resume goes on with a run and --restart drops it: give one of them")
+    _check_ways(resume, restart)
     if add_to is not None:
         detector = _going_on(context, add_to, device, cache_of(cache, no_cache))
     else:
@@ -115,6 +114,11 @@ def train(
     if dataset.test:
         _say_how_to_test(output, data, image_root)
     finish(detector.unreadable)
+
+
+def _check_ways(resume: bool, restart: bool) -> None:
+    if resume and restart:
+        raise UniadFastError("--resume goes on with a run and --restart drops it: give one of them")
 
 
 def _size_and_overlap(
