@@ -67,7 +67,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept[True]
     if kept[False]:
         config.hook.pytest_deselected(items=kept[False])
-    run.budget.groups = sum(item.get_closest_marker("skip") is None for item in items)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Only now is it known what -k leaves."""
+    groups = sum(item.get_closest_marker("skip") is None for item in session.items)
+    session.config.stash[RUN].budget.groups = groups
 
 
 @pytest.fixture
