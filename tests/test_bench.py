@@ -218,6 +218,8 @@ def test_a_backend_that_refuses_is_a_note_and_a_broken_device_an_error():
     ("command", "expected"),
     [
         ("compare_replaced --smoke", "MB more"),
+        ("gpu_check --smoke --only p=0.3", "0 failed"),
+        ("tune --smoke --only jitter", "of 2"),
         ("profile_step --steps 1 --smoke", "attention, backward"),
         ("pace --smoke", "x fast"),
     ],

@@ -3,9 +3,11 @@
 import statistics
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
+Result = TypeVar("Result")
 _CALLS, _REPLAYS, _SECONDS = 10, 15, 1.0
 
 
@@ -19,23 +21,32 @@ def peak_mib(call: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def captured(call: Callable[[], Result], calls: int = 1) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """A CUDA graph of so many calls, and what the last of them gave, which a replay overwrites.
+
+    Raises:
+        RuntimeError: the call can't be captured.
+    """
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what the first calls allocate and compile must not be captured
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            result = call()
+    return graph, result
+
+
 def graph_ms(call: Callable[[], object]) -> float:
     """Median time of a call in a replayed CUDA graph of ten: no launch gaps, the L2 warm, as between two layers.
 
     Raises:
         RuntimeError: the call can't be captured.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what is allocated and compiled by the first calls must not be captured
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(_CALLS):
-            call()
+    graph, _ = captured(call, _CALLS)
     times: list[float] = []
     start = time.perf_counter()
     while len(times) < 3 or (len(times) < _REPLAYS and time.perf_counter() - start < _SECONDS):
