@@ -101,6 +101,7 @@ def test_benchmark_inference(turns, run, case):
         torch.testing.assert_close(first[way], first[Way("public")], rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", [*cases(MODEL[:1]), *cases(MODEL[1:], "large"), *cases(MODEL_BATCHES, "gpu")])
 def test_benchmark_training_step(turns, run, case):
     case = run.sized(case)

@@ -8,12 +8,12 @@ import torch
 
 from bench.tools.competitors import ONLY_ON_A_GPU
 from bench.tools.harness import Run, Turns
-from bench.tools.marks import MARKS, is_left_out, why_not_here
+from bench.tools.marks import MARKS, is_left_out, weight_of, why_not_here
 from bench.tools.table import as_json, environment, markdown
 from bench.tools.turns import Budget, Replay
 from uniad_fast.ops.checks import multiplies_bfloat16
 
-SECONDS, SECONDS_OF_LARGE = 270, 1800
+SECONDS, SECONDS_OF_LARGE = 240, 1800
 RUN = pytest.StashKey[Run]()
 
 
@@ -64,15 +64,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if why := why_not_here(marks, run.device.type):
             item.add_marker(pytest.mark.skip(reason=why))
         item.add_marker(pytest.mark.benchmark(timer=run.replay))
-    items[:] = kept[True]
+    items[:] = sorted(kept[True], key=_weight)
     if kept[False]:
         config.hook.pytest_deselected(items=kept[False])
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Only now is it known what -k leaves."""
-    groups = sum(item.get_closest_marker("skip") is None for item in session.items)
-    session.config.stash[RUN].budget.groups = groups
+    run = session.config.stash[RUN]
+    measured = [item for item in session.items if item.get_closest_marker("skip") is None]
+    run.groups, run.budget.weight_to_come = len(measured), sum(map(_weight, measured))
 
 
 @pytest.fixture
@@ -81,9 +82,11 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 
 @pytest.fixture
-def turns(run: Run, benchmark) -> Iterator[Turns]:
-    yield Turns(run, benchmark)
-    run.budget.done += 1
+def turns(run: Run, benchmark, request: pytest.FixtureRequest) -> Iterator[Turns]:
+    weight = _weight(request.node)
+    yield Turns(run, benchmark, weight)
+    run.done += 1
+    run.budget.weight_to_come -= weight
     if run.device.type == "cuda":
         torch.compiler.reset()  # a case is a recompilation of the same function, and dynamo stops after some
         torch.cuda.empty_cache()
@@ -104,6 +107,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"\nOn a GPU alone: {'; '.join(ONLY_ON_A_GPU)}.")
     if path := config.getoption("--table"):
         path.write_text(as_json(run.rows, about))
+
+
+def _weight(item: pytest.Item) -> int:
+    return weight_of(mark.name for mark in item.iter_markers())
 
 
 def _say(config: pytest.Config, line: str) -> None:

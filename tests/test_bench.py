@@ -10,7 +10,7 @@ import torch
 from conftest import QUICK
 
 from bench.tools.cases import ATTENTION, AttentionCase
-from bench.tools.marks import is_left_out, why_not_here
+from bench.tools.marks import is_left_out, weight_of, why_not_here
 from bench.tools.table import PRODUCT, Row, as_json, environment, markdown, ratios
 from bench.tools.turns import LEAST, MOST, Budget, Replay, Way, take_turns
 from uniad_fast.ops.geometry import Window, hidden_keys
@@ -54,30 +54,39 @@ def test_turns_are_taken():
     measured = take_turns(works, Budget(12, clock))
     assert done == ["a", "b"] * 4  # to warm up, and three rounds
     assert measured.seconds == {Way("a"): [1.0] * 3, Way("b"): [2.0] * 3}
-    assert measured.first == {Way("a"): "a", Way("b"): "b"}
+    assert measured.first == {Way("a"): "a", Way("b"): "b"} and not measured.cold
 
 
 def test_the_budget_is_kept():
     """Groups share it; what one leaves, those after it have, and what it overdraws, they lack."""
     clock = FakeClock()
     budget = Budget(100, clock)
-    budget.groups = 4
+    budget.weight_to_come = 4
     rounds = []
-    for seconds in (1.0, 0.01, 10.0, 100.0):
+    for seconds in (1.0, 0.01, 12.0, 100.0):
         measured = take_turns({Way("a"): clock.work(seconds)}, budget)
         rounds.append(len(measured.seconds[Way("a")]))
-        budget.done += 1
+        budget.weight_to_come -= 1
     assert rounds[:2] == [24, MOST]  # a quarter of 100 s with the warm-up; as many as tell anything
-    assert rounds[2] == LEAST  # its half of 74.5 s would bear no more than two
-    assert rounds[3] == 1  # nothing is left for a second
+    assert rounds[2] == LEAST  # its half of 74.7 s bears no more than two
+    assert rounds[3] == 1 and measured.cold  # it is called once, whatever is left
     assert budget.left == 0
 
 
-def test_nobody_is_measured_less_than_a_few_times_while_there_is_time():
+@pytest.mark.parametrize(("seconds", "rounds"), [(5.0, LEAST), (13.0, 1)])
+def test_a_slow_group_takes_three_shares_at_most(seconds, rounds):
     clock = FakeClock()
     budget = Budget(1000, clock)
-    budget.groups = 1000
-    assert len(take_turns({Way("a"): clock.work(5.0)}, budget).seconds[Way("a")]) == LEAST
+    budget.weight_to_come = 100
+    assert len(take_turns({Way("a"): clock.work(seconds)}, budget).seconds[Way("a")]) == rounds
+
+
+def test_heavy_groups_get_more():
+    clock = FakeClock()
+    budget = Budget(100, clock)
+    budget.weight_to_come = 6
+    assert weight_of(["heavy"]) == 4 and weight_of(["large"]) == 1
+    assert budget.share() == pytest.approx(100 / 6) and budget.share(4) == pytest.approx(400 / 6)
 
 
 def test_pytest_benchmark_is_told_what_was_measured():

@@ -25,6 +25,8 @@ class Run:
     budget: Budget
     replay: Replay
     say: Callable[[str], None]
+    groups: int = 0
+    done: int = 0
     rows: list[Row] = field(default_factory=list)
 
     def sized(self, case: Any) -> Any:
@@ -38,6 +40,7 @@ class Turns:
 
     run: Run
     benchmark: Any
+    weight: int
 
     def __call__(
         self,
@@ -60,11 +63,11 @@ class Turns:
         if self.run.smoke:
             self.tell(group, [])
             return {way: work() for way, work in works.items()}
-        measured = take_turns(works, self.run.budget, synchronized_clock)
+        measured = take_turns(works, self.run.budget, weight=self.weight, clock=synchronized_clock)
         rows = []
         for way, work in works.items():
-            figures, note = {}, ""
-            if self.run.device.type == "cuda" and way.name != PRODUCT:
+            figures, note = {}, "its first call" * measured.cold
+            if self.run.device.type == "cuda" and way.name != PRODUCT and not measured.cold:
                 figures, note = device_figures(work, way in capturable)
             rows.append(Row(group, way, [s / units for s in measured.seconds[way]], figures, note))
         if flops:
@@ -89,7 +92,7 @@ class Turns:
             one.pedantic(lambda: None, rounds=len(row.seconds))
         rounds = max((len(row.seconds) for row in timed), default=0)
         run.say(
-            f"{budget.done + 1}/{budget.groups} {group}: {len(timed)} ways, {rounds} rounds; "
+            f"{run.done + 1}/{run.groups} {group}: {len(timed)} ways, {rounds} rounds; "
             f"{clock_time(budget.elapsed)} elapsed, at most {clock_time(budget.left)} to go"
         )
 

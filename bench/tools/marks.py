@@ -5,8 +5,13 @@ from typing import Any
 
 import pytest
 
-LARGE, GPU = "large", "gpu"
-MARKS = {LARGE: "takes long on a CPU; measured with --large", GPU: "is worth measuring on a GPU alone"}
+LARGE, GPU, HEAVY = "large", "gpu", "heavy"
+MARKS = {
+    LARGE: "takes long on a CPU; measured with --large",
+    GPU: "is worth measuring on a GPU alone",
+    HEAVY: "takes more time than others; has the larger share of it, at the end, with what they left",
+}
+_WEIGHT = 4
 
 
 def cases(those: Iterable[Any], *marks: str) -> list:
@@ -22,3 +27,8 @@ def is_left_out(marks: Iterable[str], large: bool) -> bool:
 def why_not_here(marks: Iterable[str], device: str) -> str:
     """The reason to skip a case that has these marks on a device, "" where there is none."""
     return f"{MARKS[GPU]}, and this is --device {device}" if GPU in marks and not device.startswith("cuda") else ""
+
+
+def weight_of(marks: Iterable[str]) -> int:
+    """How many times the share of others a case gets."""
+    return _WEIGHT if HEAVY in marks else 1

@@ -8,8 +8,8 @@ import torch
 
 Clock = Callable[[], float]
 Work = Callable[[], object]
-LEAST, MOST = 3, 50
-"""Rounds of a group: at least, while the run's time lasts; and at most, since more would tell no more."""
+LEAST, MOST = 3, 30
+"""Rounds of a group: at least, while it has not used three times its share; and at most, since more tell no more."""
 
 
 class Way(NamedTuple):
@@ -23,11 +23,11 @@ class Way(NamedTuple):
 
 
 class Budget:
-    """Seconds of a whole run, shared among its groups: what one leaves, those after it have."""
+    """Seconds of a whole run, shared among its groups by weight: what one leaves, those after it have."""
 
     def __init__(self, seconds: float, clock: Clock = time.perf_counter) -> None:
         self.clock, self.begin, self.end = clock, clock(), clock() + seconds
-        self.groups, self.done = 1, 0
+        self.weight_to_come = 1
 
     @property
     def elapsed(self) -> float:
@@ -39,37 +39,49 @@ class Budget:
         """Seconds that are still to be had, 0 once they are used up."""
         return max(0.0, self.end - self.clock())
 
-    @property
-    def until(self) -> float:
-        """When the group that begins now should be over: all that are still to come get the same."""
-        return self.clock() + self.left / max(1, self.groups - self.done)
+    def share(self, weight: int = 1) -> float:
+        """Seconds of a group that begins now."""
+        return self.left * weight / max(weight, self.weight_to_come)
 
 
 class Measured(NamedTuple):
-    """Seconds of each call by way, one a round; and what each way gave at first."""
+    """Seconds of each call by way, one a round; and what each way gave at first.
+
+    cold: there was no time to call any a second time, so that the seconds are those of the first calls.
+    """
 
     seconds: dict[Way, list[float]]
     first: dict[Way, object]
+    cold: bool = False
 
 
-def take_turns(works: Mapping[Way, Work], budget: Budget, clock: Clock | None = None) -> Measured:
+def take_turns(works: Mapping[Way, Work], budget: Budget, *, weight: int = 1, clock: Clock | None = None) -> Measured:
     """Each is called once to warm up, then all of them round by round, as the group's share of the budget allows.
 
     Args:
         clock: what a call is timed by, the budget's own if None.
     """
     clock = clock or budget.clock
-    until = budget.until
-    first = {way: work() for way, work in works.items()}
+    begin, share = budget.clock(), budget.share(weight)
+    first: dict[Way, object] = {}
     seconds: dict[Way, list[float]] = {way: [] for way in works}
-    for rounds in range(1, MOST + 1):
-        begin = budget.clock()
+
+    def one_round(keep: dict[Way, object]) -> float:
+        started = budget.clock()
         for way, work in works.items():
             start = clock()
-            work()
+            keep[way] = work()
             seconds[way].append(clock() - start)
-        another = budget.clock() - begin
-        if budget.clock() + another > (until if rounds >= LEAST else budget.end):
+        return budget.clock() - started
+
+    last = one_round(first)
+    if budget.clock() + last > budget.end:
+        return Measured(seconds, first, cold=True)
+    for times in seconds.values():
+        times.clear()
+    for rounds in range(1, MOST + 1):
+        last = one_round({})
+        if budget.clock() + last > (begin + share if rounds >= LEAST else min(begin + 3 * share, budget.end)):
             break
     return Measured(seconds, first)
 
