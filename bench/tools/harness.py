@@ -93,7 +93,7 @@ class Turns:
         rounds = max((len(row.seconds) for row in timed), default=0)
         run.say(
             f"{run.done + 1}/{run.groups} {group}: {len(timed)} ways, {rounds} rounds; "
-            f"{clock_time(budget.elapsed)} elapsed, at most {clock_time(budget.left)} to go"
+            f"{clock_time(budget.elapsed)} elapsed, {clock_time(budget.left)} left"
         )
 
 

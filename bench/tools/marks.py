@@ -11,7 +11,7 @@ MARKS = {
     GPU: "is worth measuring on a GPU alone",
     HEAVY: "takes more time than others; has the larger share of it, at the end, with what they left",
 }
-_WEIGHT = 4
+_WEIGHT = 8
 
 
 def cases(those: Iterable[Any], *marks: str) -> list:
