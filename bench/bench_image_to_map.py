@@ -1,33 +1,28 @@
-"""Image to map: the paper's backbone and the demo's with the whole network, by every engine and precision installed.
+"""Image to map: the paper's backbone and the demo's with the whole network; by every engine and precision with --large.
 
-pytest bench/bench_image_to_map.py --benchmark-only
-
-The ways of a case take turns. *public* is timm's extractor in its own memory format and the public network in float32;
-*openvino by hand* is the whole graph converted in one call, which is what a user would do without this package.
+*public* is timm's extractor in its own memory format and the public network in float32; *openvino by hand* is the
+whole graph converted in one call, which is what a user would do without this package.
 """
 
 import pytest
 import torch
 
 from bench.tools.image_to_map import detector, ways
-from bench.tools.timing import interleaved
+from bench.tools.turns import Way
 
-_ROUNDS = 7
 _SMALL = ("tf_efficientnet_lite0", 64)
 
 
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", [1, pytest.param(8, marks=pytest.mark.large)])
 @pytest.mark.parametrize("backbone", ["tf_efficientnet_b4", "tf_efficientnet_lite0"])
-def test_benchmark_image_to_map(benchmark, backbone, batch, device, request, tmp_path):
-    if device.type != "cpu":
+def test_benchmark_image_to_map(turns, run, backbone, batch, tmp_path):
+    if run.device.type != "cpu":
         pytest.skip("engines run on the processor")
-    smoke = request.config.getoption("--benchmark-disable")
-    if smoke and (batch, backbone) != (1, _SMALL[0]):
+    if run.smoke and (batch, backbone) != (1, _SMALL[0]):
         pytest.skip("one case is enough to see that all ways run")
-    found = detector(*(_SMALL if smoke else (backbone, 224)))
+    found = detector(*(_SMALL if run.smoke else (backbone, 224)))
     images = torch.rand(batch, 3, *found.settings.image_size)
-    works = {name: lambda way=way: way(images) for name, way in ways(found, tmp_path).items()}
-    benchmark.group = f"image to map, {backbone}, batch {batch}"
-    times = benchmark.pedantic(interleaved, (works, 1 if smoke else _ROUNDS), rounds=1)
-    benchmark.extra_info["ways"] = {name: seconds / batch for name, seconds in times.items()}
-    assert {"public", "as loaded", "torch float32 + own network"} <= times.keys()
+    measures = ways(found, tmp_path, engines=run.smoke or run.large)
+    works = {way: lambda measure=measure: measure(images) for way, measure in measures.items()}
+    turns(f"image to map, an image, {backbone}, batch {batch}", works, units=batch)
+    assert {Way("public"), Way("as loaded", "auto"), Way("torch + own network")} <= works.keys()

@@ -7,17 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.tools.timing import IMPLEMENTED, note_device_figures, synchronized_clock
+from bench.tools.harness import name_of
+from bench.tools.turns import Way, Work
 from uniad_fast import jitter_project
 
 BATCH, TOKENS, CHANNELS, OUT = 32, 196, 272, 256
 SCALE = 20.0
 
 
-def jitter(implementation: str) -> Callable[..., Tensor]:
+def jitter(name: str) -> Callable[..., Tensor]:
     """A function of (tokens, weight, bias)."""
-    if implementation != "public":
-        return lambda tokens, weight, bias: jitter_project(tokens, weight, bias, scale=SCALE, impl=implementation)
+    if name != "public":
+        return lambda tokens, weight, bias: jitter_project(tokens, weight, bias, scale=SCALE, impl=name)
 
     def public(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         norms = tokens.norm(dim=2, keepdim=True) / tokens.shape[2]
@@ -26,27 +27,28 @@ def jitter(implementation: str) -> Callable[..., Tensor]:
     return public
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTED)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_backward"])
-@pytest.mark.benchmark(timer=synchronized_clock, min_rounds=5, warmup=True, warmup_iterations=2, max_time=1)
-def test_benchmark_jitter_project(benchmark, implementation, backward, device, dtype):
+def test_benchmark_jitter_project(turns, run, backward):
     """The features are frozen, so the tokens take no gradient."""
-    benchmark.group = f"jitter_project {'forward+backward' if backward else 'forward'} 32x196x272->256"
-    flops = 2 * BATCH * TOKENS * CHANNELS * OUT * (2 if backward else 1)
-    benchmark.extra_info.update(implementation=implementation, flops=flops)
     torch.manual_seed(0)
-    tokens = torch.randn(BATCH, TOKENS, CHANNELS, device=device).to(dtype)
-    weight = (torch.randn(OUT, CHANNELS, device=device) / CHANNELS**0.5).to(dtype).requires_grad_(backward)
-    bias = torch.zeros(OUT, device=device, dtype=dtype, requires_grad=backward)
-    run = jitter(implementation)
+    tokens = torch.randn(1 if run.smoke else BATCH, TOKENS, CHANNELS, device=run.device)
+    weight = torch.randn(OUT, CHANNELS, device=run.device) / CHANNELS**0.5
+    works: dict[Way, Work] = {}
+    for dtype in run.dtypes:
+        rows, matrix = tokens.to(dtype), weight.to(dtype).requires_grad_(backward)
+        bias = torch.zeros(OUT, device=run.device, dtype=dtype, requires_grad=backward)
+        for name in ("public", "torch", "triton" if run.device.type == "cuda" else "cpu"):
+            call = jitter(name)
 
-    def step() -> Tensor:
-        out = run(tokens, weight, bias)
-        return torch.autograd.grad(out.sum(), (weight, bias))[0] if backward else out
+            def work(call=call, rows=rows, matrix=matrix, bias=bias) -> Tensor:
+                out = call(rows, matrix, bias)
+                return torch.autograd.grad(out.sum(), (matrix, bias))[0] if backward else out
 
-    out = benchmark(step)
-    note_device_figures(benchmark, step)
-    assert out.isfinite().all()
-    if not backward:  # mean 0 and the law's deviation: 20 / 272 of the norm, through the weight
-        added = (out.float() - F.linear(tokens, weight, bias).float()).std().item()
-        assert added == pytest.approx(SCALE / CHANNELS * CHANNELS**0.5, rel=0.05)
+            works[Way(name, name_of(dtype))] = work
+    what = "forward + backward" if backward else "forward"
+    group = f"jitter_project {what}, {BATCH} x {TOKENS} x {CHANNELS} -> {OUT}"
+    for out in turns(group, works, capturable=works).values():
+        assert out.isfinite().all()
+        if not backward:  # mean 0 and the law's deviation: 20 / 272 of the norm, through the weight
+            added = (out.float() - F.linear(tokens, weight)).std().item()
+            assert added == pytest.approx(SCALE / CHANNELS * CHANNELS**0.5, rel=0.05)

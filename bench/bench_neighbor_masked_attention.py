@@ -1,85 +1,93 @@
-"""Attention forward, and forward + backward with and without dropout, each impl beside the public way."""
-
-from collections.abc import Callable
+"""Attention forward, and forward + backward with and without dropout, by everybody; and its memory on a large grid."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench.tools.cases import ATTENTION, AttentionCase
-from bench.tools.timing import IMPLEMENTED, note_device_figures, synchronized_clock
-from uniad_fast import neighbor_masked_attention
-from uniad_fast.testing import PublicUniAD
+from bench.tools.attention_peak import attention_peak, attention_peak_elsewhere
+from bench.tools.cases import ATTENTION, BATCHES, LARGE, SPARSE, AttentionCase
+from bench.tools.competitors import WITHOUT_GRAPH, attention, inputs, names, why_not
+from bench.tools.device import refusal
+from bench.tools.harness import Run, name_of
+from bench.tools.marks import cases
+from bench.tools.table import Row
+from bench.tools.turns import Way, Work
 
-CASES = pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
-IMPLEMENTATIONS = pytest.mark.parametrize("implementation", IMPLEMENTED)
-
-
-def attention(implementation: str, case: AttentionCase, dropout_p: float) -> Callable[..., Tensor]:
-    """A function of (query, key, value). The public way rebuilds the mask in each call and keeps the weights."""
-    if implementation != "public":
-        return lambda q, k, v: neighbor_masked_attention(
-            q, k, v, case.feature_size, case.neighbor_size, dropout_p=dropout_p, impl=implementation
-        )
-    masks = PublicUniAD(1, 1, case.feature_size, case.neighbor_size, hidden_dim=2, nhead=1, layers=0)
-
-    def public(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        mask = masks.generate_mask(case.feature_size, case.neighbor_size).to(query.device, query.dtype)
-        scores = torch.baddbmm(mask, query.flatten(0, 1) * query.shape[-1] ** -0.5, key.flatten(0, 1).transpose(1, 2))
-        weights = F.dropout(scores.softmax(dim=-1), dropout_p)
-        out = torch.bmm(weights, value.flatten(0, 1)).view_as(query)
-        weights.view(*query.shape[:2], *weights.shape[1:]).mean(dim=1)  # need_weights, averaged over the heads
-        return out
-
-    return public
+CASES = pytest.mark.parametrize(
+    "case",
+    [
+        *cases([*ATTENTION, LARGE[0]]),
+        *cases(BATCHES[:2], "gpu"),
+        *cases([*BATCHES[2:], SPARSE, LARGE[1]], "gpu", "large"),
+    ],
+)
 
 
-def inputs(case: AttentionCase, device: torch.device, dtype: torch.dtype, grad: bool) -> list[Tensor]:
-    torch.manual_seed(0)
-    shape = (case.batch, case.heads, case.tokens, case.head_dim)
-    return [torch.randn(shape, device=device).to(dtype).requires_grad_(grad) for _ in range(3)]
+def works_of(run: Run, case: AttentionCase, dropout_p: float, backward: bool) -> tuple[dict[Way, Work], dict[Way, str]]:
+    """The ways to measure, and what is known or found to keep the others from it."""
+    works: dict[Way, Work] = {}
+    missing: dict[Way, str] = {}
+    for dtype in run.dtypes:
+        tensors = inputs(case, run.device, dtype, grad=backward)
+        weight = torch.randn_like(tensors[0])
+        for name in names(run.device):
+            way = Way(name, name_of(dtype))
+            if why := why_not(name, dtype, dropout_p):
+                missing[way] = why
+                continue
+            call = attention(name, case, dropout_p, run.device, dtype)
+
+            def work(call=call, tensors=tensors, weight=weight) -> tuple[Tensor, ...]:
+                out = call(*tensors)
+                return torch.autograd.grad(out, tensors, weight) if backward else (out,)
+
+            # On a GPU the backends choose what they take, and the largest may not find the memory.
+            if run.device.type == "cuda" and (why := refusal(work)):
+                missing[way] = why
+            else:
+                works[way] = work
+    assert not [way for way in missing if way.name in ("torch", "triton")], missing
+    return works, missing
 
 
-def note(benchmark, case: AttentionCase, implementation: str, what: str) -> None:
-    benchmark.group = f"attention {what} {case.name}"
-    benchmark.extra_info.update(
-        implementation=implementation, flops=case.forward_flops, bytes=case.forward_bytes, heads=case.heads
-    )
-
-
-@CASES
-@IMPLEMENTATIONS
-@pytest.mark.benchmark(timer=synchronized_clock, min_rounds=5, warmup=True, warmup_iterations=2, max_time=2)
-def test_benchmark_forward(benchmark, case, implementation, sized, device, dtype):
-    case = sized(case)
-    note(benchmark, case, implementation, "forward")
-    tensors = inputs(case, device, dtype, grad=False)
-    run = attention(implementation, case, 0.0)
-    out = benchmark(run, *tensors)
-    note_device_figures(benchmark, lambda: run(*tensors))
-    expected = attention("torch", case, 0.0)(*tensors)
-    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+def agree(first: dict[Way, object], tolerance: float) -> None:
+    """Everybody gave what stock PyTorch gave in the same dtype."""
+    for way, tensors in first.items():
+        for ours, expected in zip(tensors, first[Way("torch", way.dtype)], strict=True):
+            torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
 
 
 @CASES
-@IMPLEMENTATIONS
+def test_benchmark_forward(turns, run, case):
+    case = run.sized(case)
+    works, missing = works_of(run, case, 0.0, backward=False)
+    capturable = [way for way in works if way.name not in WITHOUT_GRAPH]
+    agree(turns(f"attention forward, {case.name}", works, capturable=capturable, missing=missing), 2e-2)
+
+
+@CASES
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.benchmark(timer=synchronized_clock, min_rounds=5, warmup=True, warmup_iterations=1, max_time=2)
-def test_benchmark_forward_backward(benchmark, case, implementation, dropout_p, sized, device, dtype):
-    case = sized(case)
-    note(benchmark, case, implementation, f"forward+backward dropout {dropout_p}")
-    tensors = inputs(case, device, dtype, grad=True)
-    weight = torch.randn_like(tensors[0])
-    run = attention(implementation, case, dropout_p)
-
-    def step() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(run(*tensors), tensors, weight)
-
-    gradients = benchmark(step)
-    note_device_figures(benchmark, step)
-    assert all(gradient.isfinite().all() for gradient in gradients)
+def test_benchmark_forward_backward(turns, run, case, dropout_p):
+    case = run.sized(case)
+    works, missing = works_of(run, case, dropout_p, backward=True)
+    capturable = [way for way in works if way.name not in WITHOUT_GRAPH]
+    group = f"attention forward + backward, dropout {dropout_p}, {case.name}"
+    first = turns(group, works, capturable=capturable, missing=missing)
     if dropout_p == 0:
-        plain = attention("torch", case, 0.0)
-        for ours, expected in zip(gradients, torch.autograd.grad(plain(*tensors), tensors, weight), strict=True):
-            torch.testing.assert_close(ours, expected, rtol=5e-2, atol=5e-2)
+        agree(first, 5e-2)
+    assert all(gradient.isfinite().all() for gradients in first.values() for gradient in gradients)
+
+
+@pytest.mark.large
+def test_benchmark_memory(turns, run):
+    """What a grid of 100 x 100 needs beside its inputs: in a process of its own each, whose peak is read."""
+    case = run.sized(LARGE[1])
+    if run.device.type != "cpu":
+        pytest.skip("on a GPU every row has its peak")
+    measure = attention_peak if run.smoke else attention_peak_elsewhere
+    group = f"attention forward + backward, dropout 0.1, once, {case.name}"
+    rows = []
+    for name in names(run.device):
+        seconds, extra = measure(name, case)
+        rows.append(Row(group, Way(name), [seconds], {"extra MB": extra / 1e6}))
+    turns.tell(group, rows)

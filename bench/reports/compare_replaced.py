@@ -10,16 +10,20 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from bench.bench_model import build, feature
-from bench.reports.compare import CPU, ROOT, Work, interleaved, show
 from bench.tools.cases import MODEL
 from bench.tools.peak import extra_bytes
+from bench.tools.timing import interleaved
+from bench.tools.turns import Work
 from uniad_fast import replace_attention
 from uniad_fast.testing import PublicUniAD
+
+CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
 
 
 class LargeGrid(nn.Module):
@@ -85,7 +89,10 @@ def main() -> None:
     rounds, batch, side = (1, 1, 20) if options.smoke else (options.rounds, MODEL[0].batch, 100)
     for training in (False, True):
         title = f"public UniAD 14x14_batch{batch}, {'training' if training else 'inference'}; cpu: attention replaced"
-        show(title, interleaved(encoder_decoder_works(training, batch), rounds))
+        print(title)
+        times = interleaved(encoder_decoder_works(training, batch), rounds)
+        for way, seconds in times.items():
+            print(f"  {way:18} {seconds * 1e3:10.0f} ms  {times['public'] / seconds:8.2f} x public", flush=True)
     print(f"one attention, {side}x{side}, 3 heads x 32, window 9x9, forward + backward, dropout 0.1")
     for way in ("public", "cpu"):
         code = (

@@ -44,12 +44,14 @@ def main() -> None:
     backbone = Backbone.pretrained(options.backbone, size, options.backbone_weights)
     data = StudyData.load(load_dataset(options.data), backbone, size, None)
     every = torch.from_numpy(np.array(data.train_tokens)).flatten(0, 1)
+    tokens = torch.from_numpy(np.array(data.test_tokens))
     picked = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[: options.tokens]
     grid = backbone.feature_size(size)
     print(f"{data.name}, {options.backbone} at {size} x {size}, {len(picked)} tokens remembered of {len(every)}")
     for name, channels in (("all stages", slice(None)), ("deepest stage", backbone.deepest)):
-        tested = torch.from_numpy(np.array(data.test_tokens)[..., channels])
-        found = distances(tested, every[picked][:, channels].contiguous()).unflatten(1, grid)
+        found = distances(tokens[..., channels].contiguous(), every[picked][:, channels].contiguous()).unflatten(
+            1, grid
+        )
         for kind in IMAGE_SCORES:
             aurocs = []
             for class_name in data.classes:

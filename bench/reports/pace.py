@@ -16,7 +16,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from bench.reports.compare import Work, interleaved
+from bench.tools.timing import interleaved
+from bench.tools.turns import Work
 from uniad_fast.models.backbone import Backbone
 from uniad_fast.models.precision import autocast, computes_in_bfloat16
 from uniad_fast.testing import PublicUniAD

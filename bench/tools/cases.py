@@ -1,8 +1,10 @@
 """Shapes to measure, and how much work they are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from uniad_fast.ops.geometry import Size
+
+_TINY = (4, 5)
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,9 @@ class AttentionCase:
         return height * width
 
     @property
-    def forward_flops(self) -> int:
-        """Two matrix products over all pairs, hidden ones counted: what a dense computation does."""
-        return 4 * self.batch * self.heads * self.tokens**2 * self.head_dim
-
-    @property
-    def forward_bytes(self) -> int:
-        """Query, key and value read once, output written once, in float32."""
-        return 4 * 4 * self.batch * self.heads * self.tokens * self.head_dim
+    def tiny(self) -> "AttentionCase":
+        """The same so small that it is only seen to run."""
+        return replace(self, batch=1, feature_size=_TINY, neighbor_size=(3, 3))
 
 
 ATTENTION = [
@@ -38,12 +35,17 @@ ATTENTION = [
 ]
 """The paper's shape, and the same network on twice the resolution."""
 
-
 LARGE = [
     AttentionCase("56x56_window29_batch1", 1, 8, 32, (56, 56), (29, 29)),
     AttentionCase("100x100_window9_3heads", 1, 3, 32, (100, 100), (9, 9)),
 ]
 """Grids at which a materialised N x N tensor hurts."""
+
+BATCHES = [AttentionCase(f"14x14_window7_batch{batch}", batch, 8, 32, (14, 14), (7, 7)) for batch in (1, 256, 8, 128)]
+"""The paper's shape in other batches: a GPU has little to do in the smallest, and is full in the largest."""
+
+SPARSE = AttentionCase("64x64_window11_batch4_3heads", 4, 3, 32, (64, 64), (11, 11))
+"""A window that hides little of the grid."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class ModelCase:
     channels: int
     feature_size: Size
     neighbor_size: Size
+
+    @property
+    def tiny(self) -> "ModelCase":
+        """The same so small that it is only seen to run."""
+        return replace(self, batch=1, feature_size=_TINY, neighbor_size=(3, 3))
 
     @property
     def forward_flops(self) -> int:
@@ -72,3 +79,5 @@ MODEL = [
     ModelCase("14x14_batch32", 32, 272, (14, 14), (7, 7)),
     ModelCase("28x28_batch8", 8, 272, (28, 28), (15, 15)),
 ]
+MODEL_BATCHES = [ModelCase(f"14x14_batch{batch}", batch, 272, (14, 14), (7, 7)) for batch in (1, 256)]
+"""The same for a GPU."""

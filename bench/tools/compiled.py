@@ -1,14 +1,9 @@
 """Compile the Triton kernels for chips that are not here, and read what came out: registers, spills, instructions."""
 
-import re
-import subprocess
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -23,6 +18,8 @@ from uniad_fast.kernels.gpu import (
     whole_sequence_attention,
 )
 from uniad_fast.kernels.gpu.tiles import TileConfig
+
+from bench.tools.disassembly import innermost_loops, kind, matrix_kind, read_amd, read_nvidia
 
 
 @dataclass(frozen=True)
@@ -39,18 +36,43 @@ class Chip:
 
 CHIPS = [
     Chip("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024, shared_per_multiprocessor=164 * 1024),
+    Chip("sm_86", GPUTarget("cuda", 86, 32), 99 * 1024, max_warps=48, shared_per_multiprocessor=100 * 1024),
+    Chip("sm_89", GPUTarget("cuda", 89, 32), 99 * 1024, max_warps=48, shared_per_multiprocessor=100 * 1024),
     Chip("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024, shared_per_multiprocessor=228 * 1024),
     Chip("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024, shared_per_multiprocessor=228 * 1024),
+    Chip("sm_120", GPUTarget("cuda", 120, 32), 99 * 1024, max_warps=48, shared_per_multiprocessor=100 * 1024),
     Chip("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024, 512 * 4 * 64, 32, 64 * 1024),
 ]
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "skip": {"skip": True, "feature_size": (28, 28), "radius": (7, 7)},
+    "no window": {"radius": (-1, -1)},
+    "unaligned": {"aligned": False},
+    "whole blocks": {"feature_size": (16, 16)},
+    "64-bit strides": {"long_strides": True},
+    "one head": {"one_head": True},
+}
+"""What a launch may ask for besides the paper's case, by name: fields of a `Build`."""
+OF_ATTENTION = tuple(name for name in VARIANTS if name not in ("plain", "unaligned"))
+"""Variants that the other ops' kernels do not have."""
 ATTENTION_KERNELS = ("forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel")
+# Tensors that a launcher takes as they are, by the start of their arguments' names; the others are its own.
+_GIVEN = (
+    "query_ptr", "query_stride", "key_ptr", "key_stride", "value_ptr", "value_stride", "out_gradient",
+    "token_ptr", "weight_ptr", "bias_ptr", "x_ptr", "residual_ptr",
+)  # fmt: skip
 JITTER_KERNELS = {"forward_kernel": "forward", "weight_gradient_kernel": "weight", "token_gradient_kernel": "tokens"}
 
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel to compile: `op` "attention", "jitter" or "dropout", its kernel, dtype, head_dim or channels, tile."""
+    """One kernel to compile: `op` "attention", "jitter" or "dropout", its kernel, dtype, head_dim or channels, tile.
+
+    skip: with the test that leaves out wholly hidden blocks. aligned: what the caller gives begins on 16 bytes, and so
+    does each of its rows. long_strides: strides do not fit 32 bits. one_head: the launch's `heads` is 1, which the
+    runtime compiles in.
+    """
 
     op: str
     kernel: str
@@ -60,6 +82,10 @@ class Build:
     tile: TileConfig
     feature_size: tuple[int, int] = (14, 14)
     radius: tuple[int, int] = (3, 3)
+    skip: bool = False
+    aligned: bool = True
+    long_strides: bool = False
+    one_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,39 +103,42 @@ class Result:
 
 
 def attention_builds(
-    chip: Chip, dtypes: tuple[str, ...], head_dims: tuple[int, ...], dropout: tuple[bool, ...]
+    chip: Chip, dtypes: tuple[str, ...], head_dims: tuple[int, ...], dropout: tuple[bool, ...], variant: str = "plain"
 ) -> list[Build]:
     """Every attention kernel shipped for the chip, for these dtypes and head widths."""
+    fields = VARIANTS[variant]
+    height, width = fields.get("feature_size", Build.feature_size)
     amd = chip.target.backend == "hip"
     builds = []
     for dtype, head_dim in product(dtypes, head_dims):
         chosen = {kernel: tiles.attention_tile(kernel, DTYPES[dtype], head_dim, amd) for kernel in ATTENTION_KERNELS}
-        if whole := tiles.whole_sequence_tile(196, DTYPES[dtype], head_dim, blackwell=chip.name == "sm_100"):
+        blackwell = chip.name in ("sm_100", "sm_120")
+        if whole := tiles.whole_sequence_tile(height * width, DTYPES[dtype], head_dim, blackwell):
             chosen["whole_sequence_kernel"] = whole
         builds += [
-            Build("attention", kernel, dtype, head_dim, drop, tile)
+            Build("attention", kernel, dtype, head_dim, drop, tile, **fields)
             for kernel, tile in chosen.items()
             for drop in dropout
         ]
     return builds
 
 
-def jitter_builds(dtypes: tuple[str, ...], channels: tuple[int, ...]) -> list[Build]:
+def jitter_builds(dtypes: tuple[str, ...], channels: tuple[int, ...], variant: str = "plain") -> list[Build]:
     """Every shipped jitter kernel for these dtypes and channels in, to 256 channels out."""
     return [
-        Build("jitter", kernel, dtype, width, True, tiles.JITTER[name, DTYPES[dtype]])
+        Build("jitter", kernel, dtype, width, True, tiles.JITTER[name, DTYPES[dtype]], **VARIANTS[variant])
         for kernel, name in JITTER_KERNELS.items()
         for dtype in dtypes
         for width in channels
     ]
 
 
-def dropout_builds(dtypes: tuple[str, ...], widths: tuple[int, ...]) -> list[Build]:
+def dropout_builds(dtypes: tuple[str, ...], widths: tuple[int, ...], variant: str = "plain") -> list[Build]:
     """Every kernel of the passes between products, with dropout, for rows of these widths."""
     kernels = ("norm_forward_kernel", "norm_backward_kernel", "dropout_forward_kernel", "dropout_backward_kernel")
     tile = {w: (launch_dropout.rows_of_a_tile(w), 0, launch_dropout.warps_of_a_tile(w), 3) for w in widths}
     return [
-        Build("dropout", kernel, dtype, width, True, TileConfig(*tile[width]))
+        Build("dropout", kernel, dtype, width, True, TileConfig(*tile[width]), **VARIANTS[variant])
         for kernel in kernels
         for dtype in dtypes
         for width in widths
@@ -120,9 +149,10 @@ def compile_for(build: Build, chip: Chip) -> Result:
     """Compile, disassemble, count."""
     function, constants = _function_and_constants(build, chip)
     names = [parameter.name for parameter in function.params]
-    signature = {name: "constexpr" if name in constants else _type(name, build.dtype) for name in names}
-    # Tensors and strides are multiples of 16 bytes and elements in practice, which the runtime finds out by looking.
-    divisible = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or "_stride_" in n}
+    if build.one_head and "heads" in names:  # the runtime compiles in an integer that is 1
+        constants["heads"] = 1
+    signature = {name: "constexpr" if name in constants else _type(name, build) for name in names}
+    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if _is_divisible(name, build)}
     indexed = {(names.index(name),): value for name, value in constants.items()}
     options = {"num_warps": build.tile.num_warps, "num_stages": build.tile.num_stages}
     start = time.perf_counter()
@@ -136,7 +166,7 @@ def compile_for(build: Build, chip: Chip) -> Result:
         source = ASTSource(function, signature, indexed, divisible)
     compiled = triton.compile(source, target=chip.target, options=options)
     seconds = time.perf_counter() - start
-    read = _read_amd if chip.target.backend == "hip" else _read_nvidia
+    read = read_amd if chip.target.backend == "hip" else read_nvidia
     registers, spills, instructions = read(compiled)
     shared = compiled.metadata.shared
     return Result(
@@ -145,8 +175,8 @@ def compile_for(build: Build, chip: Chip) -> Result:
         local_accesses=sum(i.startswith(("LDL", "STL", "scratch_")) for _, i in instructions),
         shared=shared,
         blocks_per_multiprocessor=_occupancy(chip, registers, shared, build.tile.num_warps),
-        matrix=dict(Counter(m for _, i in instructions if (m := _matrix_kind(i)))),
-        loops=[dict(Counter(map(_kind, loop))) for loop in _innermost_loops(instructions)],
+        matrix=dict(Counter(m for _, i in instructions if (m := matrix_kind(i)))),
+        loops=[dict(Counter(map(kind, loop))) for loop in innermost_loops(instructions)],
         seconds=seconds,
     )
 
@@ -161,7 +191,7 @@ def _function_and_constants(build: Build, chip: Chip) -> tuple[Any, dict[str, An
             "HEAD_DIM": build.width, "BLOCK_D": max(16, triton.next_power_of_2(build.width)),
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "DROPOUT": build.dropout, "PART": False,
             "PRECISION": precision,
-        } | ({} if tile.whole else {"SKIP": False})  # fmt: skip
+        } | ({} if tile.whole else {"SKIP": build.skip})  # fmt: skip
         module = whole_sequence_attention if build.kernel == "whole_sequence_kernel" else neighbor_masked_attention
         return getattr(module, build.kernel), constants
     if build.op == "dropout":
@@ -180,93 +210,27 @@ def _function_and_constants(build: Build, chip: Chip) -> tuple[Any, dict[str, An
     return function, {name: constants[name] for name in (p.name for p in function.params) if name in constants}
 
 
-def _type(name: str, dtype: str) -> str:
+def _is_divisible(name: str, build: Build) -> bool:
+    """Whether the runtime, which looks, finds a multiple of 16: bytes of a tensor's address, elements of its stride.
+
+    It does in practice, and always where the launcher made the tensor.
+    """
+    if not name.endswith("_ptr") and "_stride_" not in name:
+        return False
+    return build.aligned or not name.startswith(_GIVEN)
+
+
+def _type(name: str, build: Build) -> str:
+    dtype = build.dtype
     if name == "seed_ptr":
         return "*i64"
     if name in ("delta_ptr", "deviation_ptr", "part_ptr", "bias_part_ptr", "stats_ptr"):
         return "*fp32"
     if name.endswith("_ptr"):
         return f"*{dtype}"
+    if "_stride_" in name and build.long_strides:
+        return "i64"
     return "fp32" if name in ("scale", "scale_log2", "keep_scale", "scale_by_channels", "eps") else "i32"
-
-
-def _read_nvidia(compiled: Any) -> tuple[int, int, list[tuple[int, str]]]:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run(
-            [_tool("cuobjdump"), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
-        ).stdout
-        sass = subprocess.run([_tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
-    return int(found[1]), int(found[2]), _sass_instructions(sass)
-
-
-def _sass_instructions(sass: str) -> list[tuple[int, str]]:
-    """(address, text) of each instruction; a branch's label is replaced by the address it stands for."""
-    labels: dict[str, int] = {}
-    pending: list[str] = []
-    lines: list[tuple[int, str]] = []
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            pending.append(label[1])
-        elif found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?);", line):
-            address = int(found[1], 16)
-            labels |= dict.fromkeys(pending, address)
-            pending.clear()
-            lines.append((address, found[2].strip()))
-    return [
-        (address, re.sub(r"`\((\.L_x_\d+)\)", lambda m: hex(labels.get(m[1], 1 << 40)), text))
-        for address, text in lines
-    ]
-
-
-def _read_amd(compiled: Any) -> tuple[int, int, list[tuple[int, str]]]:
-    text = compiled.asm["amdgcn"]
-    number = {
-        name: int(value) for name, value in re.findall(r"\.(\w+_count|private_segment_fixed_size):\s+(\d+)", text)
-    }
-    labels: dict[str, int] = {}
-    lines: list[tuple[int, str]] = []
-    for line in text.splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
-            labels[label[1]] = len(lines)
-        elif found := re.match(r"\t([a-z]\w+.*?)(?:\s*;.*)?$", line):
-            lines.append((len(lines), found[1]))
-    branches = [(a, re.sub(r"\.LBB\w+", lambda m: hex(labels.get(m[0], 1 << 40)), i)) for a, i in lines]
-    return number["vgpr_count"], 4 * number["vgpr_spill_count"] + number["private_segment_fixed_size"], branches
-
-
-def _innermost_loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
-    """Stretches that a backward branch repeats and that hold no other such stretch, in code order."""
-    loops = set()
-    for address, text in instructions:
-        if text.startswith(("BRA", "s_cbranch", "s_branch")) and (target := re.search(r"0x([0-9a-f]+)", text)):
-            begin = int(target[1], 16)
-            if begin < address:  # a kernel ends in a branch to itself
-                loops.add((begin, address))
-    inner = sorted(a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops))
-    return [[text for address, text in instructions if begin <= address <= end] for begin, end in inner]
-
-
-def _matrix_kind(instruction: str) -> str | None:
-    kinds = {"HMMA": "mma.sync", "HGMMA": "wgmma", "UTCHMMA": "tcgen05", "v_mfma": "mfma"}
-    return next((name for start, name in kinds.items() if instruction.startswith(start)), None)
-
-
-def _kind(instruction: str) -> str:
-    """The unit that an instruction occupies."""
-    if _matrix_kind(instruction):
-        return "matrix"
-    name = instruction.split()[0].split(".")[0]
-    if name.startswith(("MUFU", "v_exp", "v_log", "v_rcp", "v_sqrt", "v_rsq")):
-        return "special"
-    if name.startswith(("LDG", "STG", "LDGSTS", "UTMA", "global_", "buffer_")):
-        return "global"
-    if name.startswith(("LDS", "STS", "LDSM", "LDT", "STT", "ds_", "STSM", "MOVM", "SHFL")):
-        return "shared"
-    return "other"
 
 
 def _occupancy(chip: Chip, registers: int, shared: int, warps: int) -> int:
@@ -274,8 +238,3 @@ def _occupancy(chip: Chip, registers: int, shared: int, warps: int) -> int:
     lanes = chip.target.warp_size
     by_registers = chip.registers // max(1, -(-registers // 8) * 8 * lanes * warps)
     return max(0, min(by_registers, chip.max_warps // warps, chip.shared_per_multiprocessor // max(shared, 1)))
-
-
-@cache
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)

@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from bench.tools.turns import Way
 from uniad_fast.deploy.engine_files import EngineFiles
 from uniad_fast.deploy.graph import ResidualGraph
 from uniad_fast.deploy.plans import plans_here, runner
@@ -38,21 +39,25 @@ def detector(backbone: str, image_size: int) -> AnomalyDetector:
     return AnomalyDetector.of(Trained(settings, new_pipeline(settings, frozen, model)))
 
 
-def ways(detector: AnomalyDetector, folder: Path) -> dict[str, ToMaps]:
+def ways(detector: AnomalyDetector, folder: Path, engines: bool = True) -> dict[Way, ToMaps]:
     """Every way that is installed: the public code's, this package's plans, and OpenVINO on the whole exported by hand.
 
-    folder: for the graphs.
+    folder: for the graphs. engines: those besides PyTorch too, whose graphs take a minute to make.
     """
-    pipeline, found = detector.pipeline, dict[str, ToMaps]()
-    found["public"] = _public(detector)
-    found["as loaded"] = pipeline.measure
+    pipeline = detector.pipeline
+    found: dict[Way, ToMaps] = {Way("public"): _public(detector), Way("as loaded", "auto"): pipeline.measure}
     for plan in plans_here():
+        if not engines and plan.engine != "torch":
+            continue
         measure = runner(plan, pipeline, EngineFiles(detector, folder))
-        found[str(plan)] = lambda images, measure=measure: pipeline.enlarge(measure(images, None).score_maps)
-    if find_spec("openvino") is not None:
+        own = " + own network" if plan.part == "features" else ""
+        found[Way(plan.engine + own, plan.precision)] = lambda images, measure=measure: pipeline.enlarge(
+            measure(images, None).score_maps
+        )
+    if engines and find_spec("openvino") is not None:
         found |= _by_hand(detector)
         if find_spec("nncf") is not None:
-            found["openvino int8"] = _int8(detector, folder)
+            found[Way("openvino", "int8")] = _int8(detector, folder)
     return found
 
 
@@ -88,17 +93,17 @@ class _WholeGraph(nn.Module):
         return self.pipeline.enlarge(scores)
 
 
-def _by_hand(detector: AnomalyDetector) -> dict[str, ToMaps]:
+def _by_hand(detector: AnomalyDetector) -> dict[Way, ToMaps]:
     import openvino
 
     size = detector.settings.image_size
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = openvino.convert_model(_WholeGraph(detector).eval(), example_input=torch.zeros(1, 3, *size))
-    found: dict[str, ToMaps] = {}
+    found: dict[Way, ToMaps] = {}
     for precision in sorted({plan.precision for plan in plans_here()}):
         request = openvino_request(model, torch.get_num_threads(), precision)
-        found[f"openvino by hand {precision}"] = lambda images, request=request: request.infer([images.numpy()])
+        found[Way("openvino by hand", precision)] = lambda images, request=request: request.infer([images.numpy()])
     return found
 
 
