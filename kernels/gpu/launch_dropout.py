@@ -49,13 +49,14 @@ def norm_backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual, weight and bias, the last two in float32; no two share memory."""
+    """Gradients of x, residual, weight and bias, the last two in float32: rows of one tensor."""
     (rows, width), dropout = x.shape, dropout_p > 0
     # Two tensors even where they are equal, without dropout: whoever gets one may add to it in place.
     sum_gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
     x_gradient = torch.empty_like(sum_gradient)
     programs = max(1, min(_PROGRAMS, rows // 16))
-    parts = torch.zeros(programs, 2, width, dtype=torch.float32, device=x.device)
+    allocate = torch.empty if x.numel() > 0 else torch.zeros  # every program writes its part, one without rows too
+    parts = allocate(programs, 2, width, dtype=torch.float32, device=x.device)
     if x.numel() > 0:
         block = _block(x)
         with on(x.device):
@@ -75,7 +76,8 @@ def norm_backward(
                 **block,
                 **dropout_arguments(dropout_p),
             )
-    return x_gradient, summed_over_batch(sum_gradient, residual), parts[:, 0].sum(0), parts[:, 1].sum(0)
+    weight_and_bias = parts.sum(0)
+    return x_gradient, summed_over_batch(sum_gradient, residual), weight_and_bias[0], weight_and_bias[1]
 
 
 def dropout_forward(x: Tensor, dropout_p: float, relu: bool, seed: Tensor | None) -> Tensor:
