@@ -25,6 +25,11 @@ def jitter_threshold(prob: float) -> int:
     return round(prob * 2**24)
 
 
+def ceil_div(count: int, size: int) -> int:
+    """Blocks of that size that hold so many. Triton's own is wrapped for its compiler, and takes microseconds here."""
+    return -(-count // size)
+
+
 def like_tokens_first(key: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Empty [B, H, N, D] laid out as [B, N, H, D]: merging the heads for the output projection is then a view."""
     batch, heads, tokens, head_dim = key.shape

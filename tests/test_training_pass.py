@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from uniad_fast import UniAD
-from uniad_fast.models import training_function, uniad
+from uniad_fast.models import training_function, training_pass, uniad
 from uniad_fast.ops import noise
 from uniad_fast.testing import assert_within_budget
 
@@ -42,6 +42,12 @@ def step(model, x, bfloat16=False) -> list[torch.Tensor]:
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         out = model.reconstruct(x)
     return [out, *torch.autograd.grad(F.mse_loss(out.to(x.dtype), x), list(model.parameters()))]
+
+
+@pytest.fixture(autouse=True)
+def with_the_kernels_of_the_cpu(monkeypatch):
+    """They compute the same, sooner than an interpreter."""
+    monkeypatch.setattr(training_pass, "IMPLS", ("cpu", "triton"))
 
 
 @pytest.fixture
@@ -147,6 +153,13 @@ def test_what_is_not_plain_goes_layer_by_layer(change, taken):
 def test_other_networks_go_layer_by_layer(options, taken):
     build(**options).reconstruct(tokens()).sum().backward()
     assert not taken
+
+
+def test_on_a_cpu_it_goes_layer_by_layer(taken, monkeypatch):
+    monkeypatch.undo()
+    out = build(impl="cpu").reconstruct(tokens())
+    assert not isinstance(out.grad_fn, training_function.TransformerFunction)
+    assert training_pass.IMPLS == ("triton",)
 
 
 def test_under_a_mode_or_a_transform_it_goes_layer_by_layer(taken):

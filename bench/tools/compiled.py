@@ -183,7 +183,7 @@ def _function_and_constants(build: Build, chip: Chip) -> tuple[Any, dict[str, An
 def _type(name: str, dtype: str) -> str:
     if name == "seed_ptr":
         return "*i64"
-    if name in ("delta_ptr", "deviation_ptr", "part_ptr", "bias_part_ptr", "stats_ptr"):
+    if name in ("delta_ptr", "deviation_ptr", "part_ptr", "stats_ptr"):
         return "*fp32"
     if name.endswith("_ptr"):
         return f"*{dtype}"
