@@ -235,6 +235,14 @@ def test_gradients_are_tensors_of_their_own():
     assert all(g.isfinite().all() for g in gradients) and all(b.isfinite().all() for b in before)
 
 
+def test_one_image(taken, by_layers):
+    """Whose shared queries are shared with nobody."""
+    model, x = build(impl="cpu"), tokens(1)
+    for mine, theirs in zip(step(model, x), by_layers(model, x), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+    assert len(taken) == 1
+
+
 def test_a_part_of_a_batch_has_the_noise_of_the_whole(taken, monkeypatch):
     model, x = build(impl="cpu"), tokens(5)
     whole = step(model, x)[0]
