@@ -9,6 +9,12 @@ Window = Sequence[int]
 """(height, width, radius_row, radius_col): the token grid, and how far a query hides keys on it, -1 for not at all."""
 
 
+Into = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Where the gradients of an attention's query (not of batch 1), key and value go: views [B, H, N, D] of the caller's,
+the last two of the same strides; None for a new tensor."""
+NOWHERE: Into = (None, None, None)
+
+
 def keep_threshold(dropout_p: float) -> int:
     """An element whose 16 random bits are below it is dropped."""
     return round(dropout_p * 65536)
@@ -17,6 +23,11 @@ def keep_threshold(dropout_p: float) -> int:
 def jitter_threshold(prob: float) -> int:
     """A token whose 24 random bits are below it is jittered."""
     return round(prob * 2**24)
+
+
+def ceil_div(count: int, size: int) -> int:
+    """Blocks of that size that hold so many. Triton's own is wrapped for its compiler, and takes microseconds here."""
+    return -(-count // size)
 
 
 def like_tokens_first(key: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -48,4 +59,4 @@ def summed_over_batch(gradient: Tensor, residual: Tensor) -> Tensor:
     """Gradient [R, C] to the residual's [R', C]: over rows that meet one of its, in float32, in torch's fixed order."""
     if gradient.shape == residual.shape:
         return gradient
-    return gradient.view(-1, *residual.shape).sum(0, dtype=torch.float32).to(gradient.dtype)
+    return gradient.view(-1, *residual.shape).sum(0)  # which adds halves in float32

@@ -10,6 +10,7 @@ from torch import Tensor
 from uniad_fast import jitter_project, neighbor_masked_attention
 from uniad_fast.interop.lazy_attention_weights import attention_weights
 from uniad_fast.ops import noise
+from uniad_fast.ops.checks import seed_of
 from uniad_fast.ops.dropout import dropout, dropout_add_norm
 from uniad_fast.ops.geometry import Window
 
@@ -169,6 +170,17 @@ def test_a_seed_is_drawn_for_a_part_alone_inside_the_block():
         assert noise.draw_seed(device).tolist() == [int(whole), 7]
         assert noise.draw_for_torch(device) is not None
     assert noise.draw_seed(device).shape == () and noise.draw_for_torch(device) is None
+
+
+@pytest.mark.parametrize("first", [None, 3])
+def test_seeds_drawn_together_are_those_drawn_one_by_one(first, monkeypatch):
+    monkeypatch.setattr(noise, "_first_image", first)
+    rows, device = [8, 196, 196, 8, 2], torch.device("cpu")
+    torch.manual_seed(3)
+    expected, state = [seed_of(None, device, r, "cpu").tolist() for r in rows], torch.get_rng_state()
+    torch.manual_seed(3)
+    assert [seed.tolist() for seed in noise.draw_seeds(device, rows)] == expected
+    assert torch.equal(torch.get_rng_state(), state) and noise.draw_seeds(device, []) == []
 
 
 def test_stock_pytorch_draws_another_noise_for_each_part():

@@ -9,6 +9,7 @@ from triton_cases import DEVICE, assert_agree, attention_inputs, run
 
 from uniad_fast import UniAD, jitter_project, neighbor_masked_attention
 from uniad_fast.ops import dispatch, noise
+from uniad_fast.ops.dropout import dropout_add_norm
 from uniad_fast.testing import assert_within_budget
 
 triton = pytest.importorskip("triton")
@@ -144,6 +145,8 @@ def test_no_output_element_is_forgotten(monkeypatch):
 
     tensors = attention_inputs((5, 13))
     tokens, weight = torch.randn(19, 40, device=DEVICE, requires_grad=True), torch.randn(24, 40, device=DEVICE)
+    jitter = [tokens, weight.clone().requires_grad_(), torch.ones(24, device=DEVICE, requires_grad=True)]
+    x, norm = torch.randn(600, 40, device=DEVICE), [torch.ones(40, device=DEVICE, requires_grad=True) for _ in range(2)]
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", poisoned(torch.empty))
         patch.setattr(torch, "empty_like", poisoned(torch.empty_like))
@@ -151,7 +154,13 @@ def test_no_output_element_is_forgotten(monkeypatch):
         ours = run(tensors, (5, 13), (3, 3), "triton", p=0.1, seed=1)
         out = jitter_project(tokens, weight, scale=3.0, seed=1, impl="triton")
         (gradient,) = torch.autograd.grad(out.sum(), tokens)
-    assert all(t.isfinite().all() for t in (*ours, out, gradient))
+        weights = torch.autograd.grad(jitter_project(*jitter, scale=3.0, seed=1, impl="triton").sum(), jitter[1:])
+        norms = [
+            t
+            for rows in (3, 600)  # programs that have no row of their own too
+            for t in torch.autograd.grad(dropout_add_norm(x[:rows], x[:rows], *norm, impl="triton").sum(), norm)
+        ]
+    assert all(t.isfinite().all() for t in (*ours, out, gradient, *weights, *norms))
 
 
 def step(model, x):

@@ -128,8 +128,10 @@ def test_learned_queries_are_projected_once_in_evaluation_and_once_a_step_in_tra
     layer = model.transformer.decoder.layers[0]
     project = layer.self_attn.project
     layer.self_attn.project = lambda tokens, *which: calls.append(tokens.shape) or project(tokens, *which)
+    handle = layer.linear1.register_forward_hook(lambda *_: None)  # layer by layer, then
     model({"feature_align": feature()})
     assert calls == [(1, 30, 16)]
+    handle.remove()
     model.eval()
     calls.clear()
     with torch.inference_mode():

@@ -224,7 +224,7 @@ def _type(name: str, build: Build) -> str:
     dtype = build.dtype
     if name == "seed_ptr":
         return "*i64"
-    if name in ("delta_ptr", "deviation_ptr", "part_ptr", "bias_part_ptr", "stats_ptr"):
+    if name in ("delta_ptr", "deviation_ptr", "part_ptr", "stats_ptr"):
         return "*fp32"
     if name.endswith("_ptr"):
         return f"*{dtype}"

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..layout import (
+    NOWHERE,
+    Into,
     Window,
     contiguous,
     jitter_threshold,
@@ -20,6 +22,7 @@ from .build import load, problem
 
 __all__ = [
     "attention_backward",
+    "attention_backward_into",
     "attention_forward",
     "dropout_backward",
     "dropout_forward",
@@ -94,9 +97,18 @@ def attention_backward(
     window: Window, dropout_p: float, scale: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value. A query of batch 1 gets one part an element of the batch, summed here."""
+    arguments = (out_gradient, query, key, value, out, stats, window, dropout_p, scale, seed)
+    return attention_backward_into(*arguments, NOWHERE)
+
+
+def attention_backward_into(
+    out_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    window: Window, dropout_p: float, scale: float, seed: Tensor | None, into: Into,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `attention_backward`, into memory of the caller's."""
     batch, heads, tokens, head_dim = key.shape
     broadcast = query.shape[0] != batch
-    query_gradient, key_gradient, value_gradient = (like_tokens_first(key) for _ in range(3))
+    query_gradient, key_gradient, value_gradient = (like_tokens_first(key) if t is None else t for t in into)
     if key.numel() == 0:
         return (query_gradient.new_zeros(query.shape) if broadcast else query_gradient), key_gradient, value_gradient
     library = load()
@@ -189,7 +201,7 @@ def norm_backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual, weight and bias, the last two in float32; no two share memory."""
+    """Gradients of x, residual, weight and bias, the last two in float32: rows of one tensor."""
     out_gradient, x, residual = (contiguous(t) for t in (out_gradient, x, residual))
     weight, stats = contiguous(weight), contiguous(stats)
     # Two tensors even where they are equal, without dropout: whoever gets one may add to it in place.
@@ -205,7 +217,8 @@ def norm_backward(
             *(out_gradient, x, residual, weight, stats),
             *(sum_gradient, x_gradient, parts),
         )
-    return x_gradient, summed_over_batch(sum_gradient, residual), parts[:, 0].sum(0), parts[:, 1].sum(0)
+    weight_and_bias = parts.sum(0)
+    return x_gradient, summed_over_batch(sum_gradient, residual), weight_and_bias[0], weight_and_bias[1]
 
 
 def dropout_forward(x: Tensor, dropout_p: float, relu: bool, seed: Tensor | None) -> Tensor:

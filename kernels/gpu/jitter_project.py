@@ -90,8 +90,7 @@ def forward_kernel(
 def weight_gradient_kernel(
     token_ptr, out_gradient_ptr,  # [T, C] and [T, O], contiguous
     deviation_ptr,  # float32 [T]
-    part_ptr,  # float32 [SPLITS, O, C]: the sum over each split's tokens
-    bias_part_ptr,  # float32 [SPLITS, O]
+    part_ptr,  # float32 [SPLITS, O * C + O], without BIAS [SPLITS, O * C]: each split's sums, then the bias's
     seed_ptr,
     tokens, tokens_per_split,
     CHANNELS: tl.constexpr, OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -119,9 +118,10 @@ def weight_gradient_kernel(
         if BIAS:
             bias_accumulator += tl.sum(gradient.to(tl.float32), axis=0)
     mask = (row < OUT)[:, None] & (channel < CHANNELS)[None, :]
-    tl.store(part_ptr + (split * OUT + row[:, None]).to(tl.int64) * CHANNELS + channel[None, :], accumulator, mask=mask)
+    part_ptr += split.to(tl.int64) * (OUT * CHANNELS + OUT * BIAS)
+    tl.store(part_ptr + row.to(tl.int64)[:, None] * CHANNELS + channel[None, :], accumulator, mask=mask)
     if BIAS and first_channel == 0:
-        tl.store(bias_part_ptr + split * OUT + row, bias_accumulator, mask=row < OUT)
+        tl.store(part_ptr + OUT * CHANNELS + row, bias_accumulator, mask=row < OUT)
 
 
 @triton.jit

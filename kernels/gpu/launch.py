@@ -1,12 +1,13 @@
 """From tensors to kernel launches: allocate, choose the tiles, compute the grid. No mathematics, no checks of users."""
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
-from ..layout import Window, contiguous, jitter_threshold, like_tokens_first, unit_last_stride
+from ..layout import NOWHERE, Into, Window, ceil_div, contiguous, jitter_threshold, like_tokens_first, unit_last_stride
 from . import jitter_project as jitter
 from . import neighbor_masked_attention as attention
 from .launch_dropout import (
@@ -24,6 +25,7 @@ from .whole_sequence_attention import whole_sequence_kernel
 __all__ = [
     "INTERPRETED",
     "attention_backward",
+    "attention_backward_into",
     "attention_forward",
     "dropout_backward",
     "dropout_forward",
@@ -55,7 +57,7 @@ def attention_forward(
     tile = whole or attention_tile("forward_kernel", key.element_size(), head_dim)
     query, key, value = (unit_last_stride(t) for t in (query, key, value))
     geometry = _geometry(window, head_dim, tile, transposed=False)
-    kernel, programs = attention.forward_kernel, batch * heads * triton.cdiv(tokens, tile.block_m)
+    kernel, programs = attention.forward_kernel, batch * heads * ceil_div(tokens, tile.block_m)
     if tile.whole:
         kernel, programs = whole_sequence_kernel, batch * heads
         del geometry["SKIP"]  # nothing is skipped where all keys are one block
@@ -82,11 +84,20 @@ def attention_backward(
     window: Window, dropout_p: float, scale: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value. A query of batch 1 gets one part an element of the batch, summed here."""
+    arguments = (out_gradient, query, key, value, out, stats, window, dropout_p, scale, seed)
+    return attention_backward_into(*arguments, NOWHERE)
+
+
+def attention_backward_into(
+    out_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor,
+    window: Window, dropout_p: float, scale: float, seed: Tensor | None, into: Into,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `attention_backward`, into memory of the caller's."""
     batch, heads, tokens, head_dim = key.shape
     broadcast = query.shape[0] != batch
-    key_gradient, value_gradient = like_tokens_first(key), like_tokens_first(key)
+    key_gradient, value_gradient = (like_tokens_first(key) if t is None else t for t in into[1:])
     # Parts are summed in float32, in torch's fixed order.
-    query_gradient = like_tokens_first(key, torch.float32 if broadcast else key.dtype)
+    query_gradient = like_tokens_first(key, torch.float32 if broadcast else key.dtype) if into[0] is None else into[0]
     if key.numel() > 0:
         query_tile = attention_tile("query_gradient_kernel", key.element_size(), head_dim)
         key_tile = attention_tile("key_value_gradient_kernel", key.element_size(), head_dim)
@@ -106,14 +117,14 @@ def attention_backward(
         }
         with on(key.device):
             ours = tensors | {"query_gradient": query_gradient}
-            attention.query_gradient_kernel[(batch * heads * triton.cdiv(tokens, query_tile.block_m),)](
+            attention.query_gradient_kernel[(batch * heads * ceil_div(tokens, query_tile.block_m),)](
                 **{f"{name}_ptr": t for name, t in ours.items()},
                 **_strides(**{name: t.expand_as(key) for name, t in ours.items()}),
                 **shared,
                 **_geometry(window, head_dim, query_tile, transposed=False),
             )
             del tensors["out"]
-            attention.key_value_gradient_kernel[(batch * heads * triton.cdiv(tokens, key_tile.block_n),)](
+            attention.key_value_gradient_kernel[(batch * heads * ceil_div(tokens, key_tile.block_n),)](
                 **{f"{name}_ptr": t for name, t in tensors.items()},
                 key_gradient_ptr=key_gradient,
                 value_gradient_ptr=value_gradient,
@@ -137,7 +148,7 @@ def jitter_forward(
         return out, deviation
     tile = JITTER["forward", tokens.element_size()]
     with on(tokens.device):
-        jitter.forward_kernel[(triton.cdiv(count, tile.block_m) * triton.cdiv(weight.shape[0], tile.block_n),)](
+        jitter.forward_kernel[(ceil_div(count, tile.block_m) * ceil_div(weight.shape[0], tile.block_n),)](
             token_ptr=contiguous(tokens),
             weight_ptr=contiguous(weight),
             bias_ptr=out if bias is None else contiguous(bias),
@@ -161,17 +172,19 @@ def jitter_backward(
     with_bias: bool,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of tokens, weight and bias; those not asked for are empty."""
+    """Gradients of tokens, weight and bias, the last two of one tensor; those not asked for are empty."""
     (count, channels), outs = tokens.shape, weight.shape[0]
     out_gradient, tokens, weight, deviation = (contiguous(t) for t in (out_gradient, tokens, weight, deviation))
     tile = JITTER["weight", tokens.element_size()]
-    tiles = triton.cdiv(outs, tile.block_n) * triton.cdiv(channels, tile.block_k)
+    tiles = ceil_div(outs, tile.block_n) * ceil_div(channels, tile.block_k)
     # As many splits as keep a large GPU busy, each summed by one program and all of them in torch's fixed order.
-    splits = max(1, min(triton.cdiv(count, 4 * tile.block_m), triton.cdiv(_PROGRAMS, tiles)))
-    parts = torch.zeros(splits, outs, channels, dtype=torch.float32, device=tokens.device)
-    bias_parts = torch.zeros(splits, outs, dtype=torch.float32, device=tokens.device)
+    splits = max(1, min(ceil_div(count, 4 * tile.block_m), ceil_div(_PROGRAMS, tiles)))
+    # A split's part is the weight's, then the bias's.
+    size = outs * channels
+    allocate = torch.empty if count and size else torch.zeros
+    parts = allocate(splits, size + outs * with_bias, dtype=torch.float32, device=tokens.device)
     token_gradient = torch.empty_like(tokens) if with_tokens else tokens.new_empty(0)
-    if count and outs and channels:
+    if count and size:
         with on(tokens.device):
             arguments = _jitter_arguments(tokens, weight, scale, prob, tile)
             for name in ("scale_by_channels", "prob_threshold", "SOME"):
@@ -181,15 +194,14 @@ def jitter_backward(
                 out_gradient_ptr=out_gradient,
                 deviation_ptr=deviation,
                 part_ptr=parts,
-                bias_part_ptr=bias_parts,
                 **seed_arguments(seed, parts),
-                tokens_per_split=triton.cdiv(triton.cdiv(count, splits), tile.block_m) * tile.block_m,
+                tokens_per_split=ceil_div(ceil_div(count, splits), tile.block_m) * tile.block_m,
                 BIAS=with_bias,
                 **arguments,
             )
             if with_tokens:
                 tile = JITTER["tokens", tokens.element_size()]
-                jitter.token_gradient_kernel[(triton.cdiv(count, tile.block_m),)](
+                jitter.token_gradient_kernel[(ceil_div(count, tile.block_m),)](
                     token_ptr=tokens,
                     weight_ptr=weight,
                     out_gradient_ptr=out_gradient,
@@ -197,8 +209,8 @@ def jitter_backward(
                     **seed_arguments(seed, parts),
                     **_jitter_arguments(tokens, weight, scale, prob, tile),
                 )
-    bias_gradient = bias_parts.sum(0).to(weight.dtype) if with_bias else weight.new_empty(0)
-    return token_gradient, parts.sum(0).to(weight.dtype), bias_gradient
+    gradient = parts.sum(0).to(weight.dtype)
+    return token_gradient, gradient[:size].view(outs, channels), gradient[size:]
 
 
 def _jitter_arguments(tokens: Tensor, weight: Tensor, scale: float, prob: float, tile: TileConfig) -> dict:
@@ -218,7 +230,15 @@ def _jitter_arguments(tokens: Tensor, weight: Tensor, scale: float, prob: float,
     }
 
 
-def _geometry(window: Window, head_dim: int, tile: TileConfig, transposed: bool) -> dict[str, int | bool]:
+def _geometry(window: Window, head_dim: int, tile: TileConfig, transposed: bool) -> dict[str, int | bool | str]:
+    return _fixed_geometry(tuple(window), head_dim, tile, transposed) | {"PRECISION": dot_precision(tile)}
+
+
+@lru_cache(maxsize=256)
+def _fixed_geometry(
+    window: tuple[int, ...], head_dim: int, tile: TileConfig, transposed: bool
+) -> dict[str, int | bool | str]:
+    """What no switch of torch's changes; not to be written to."""
     height, width, radius_row, radius_col = window
     own, other = (tile.block_n, tile.block_m) if transposed else (tile.block_m, tile.block_n)
     return {
@@ -231,7 +251,6 @@ def _geometry(window: Window, head_dim: int, tile: TileConfig, transposed: bool)
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "SKIP": skipping_pays(height, width, radius_row, radius_col, own, other),
-        "PRECISION": dot_precision(tile),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }

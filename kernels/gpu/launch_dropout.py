@@ -1,10 +1,12 @@
 """Launches of the dropout kernels, as launch.py has them for the others."""
 
+from functools import lru_cache
+
 import torch
 import triton
 from torch import Tensor
 
-from ..layout import contiguous, keep_threshold, summed_over_batch
+from ..layout import ceil_div, contiguous, keep_threshold, summed_over_batch
 from . import dropout as kernels
 
 _ELEMENTS = 2048
@@ -23,7 +25,7 @@ def norm_forward(
     if out.numel() > 0:
         block = _block(x)
         with on(x.device):
-            kernels.norm_forward_kernel[(triton.cdiv(x.shape[0], block["BLOCK_R"]),)](
+            kernels.norm_forward_kernel[(ceil_div(x.shape[0], block["BLOCK_R"]),)](
                 x_ptr=contiguous(x),
                 residual_ptr=contiguous(residual),
                 weight_ptr=contiguous(weight),
@@ -49,13 +51,14 @@ def norm_backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual, weight and bias, the last two in float32; no two share memory."""
+    """Gradients of x, residual, weight and bias, the last two in float32: rows of one tensor."""
     (rows, width), dropout = x.shape, dropout_p > 0
     # Two tensors even where they are equal, without dropout: whoever gets one may add to it in place.
     sum_gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
     x_gradient = torch.empty_like(sum_gradient)
     programs = max(1, min(_PROGRAMS, rows // 16))
-    parts = torch.zeros(programs, 2, width, dtype=torch.float32, device=x.device)
+    allocate = torch.empty if x.numel() > 0 else torch.zeros  # every program writes its part, one without rows too
+    parts = allocate(programs, 2, width, dtype=torch.float32, device=x.device)
     if x.numel() > 0:
         block = _block(x)
         with on(x.device):
@@ -70,12 +73,13 @@ def norm_backward(
                 part_ptr=parts,
                 **seed_arguments(seed, stats),
                 residual_rows=residual.shape[0],
-                rows_per_program=triton.cdiv(triton.cdiv(rows, programs), block["BLOCK_R"]) * block["BLOCK_R"],
+                rows_per_program=ceil_div(ceil_div(rows, programs), block["BLOCK_R"]) * block["BLOCK_R"],
                 DROPOUT=dropout,
                 **block,
                 **dropout_arguments(dropout_p),
             )
-    return x_gradient, summed_over_batch(sum_gradient, residual), parts[:, 0].sum(0), parts[:, 1].sum(0)
+    weight_and_bias = parts.sum(0)
+    return x_gradient, summed_over_batch(sum_gradient, residual), weight_and_bias[0], weight_and_bias[1]
 
 
 def dropout_forward(x: Tensor, dropout_p: float, relu: bool, seed: Tensor | None) -> Tensor:
@@ -84,7 +88,7 @@ def dropout_forward(x: Tensor, dropout_p: float, relu: bool, seed: Tensor | None
     if x.numel() > 0:
         block = _block(x)
         with on(x.device):
-            kernels.dropout_forward_kernel[(triton.cdiv(x.shape[0], block["BLOCK_R"]),)](
+            kernels.dropout_forward_kernel[(ceil_div(x.shape[0], block["BLOCK_R"]),)](
                 x_ptr=contiguous(x),
                 out_ptr=out,
                 **seed_arguments(seed, out),
@@ -102,7 +106,7 @@ def dropout_backward(out_gradient: Tensor, out: Tensor, dropout_p: float, relu: 
     if out.numel() > 0:
         block = _block(out)
         with on(out.device):
-            kernels.dropout_backward_kernel[(triton.cdiv(out.shape[0], block["BLOCK_R"]),)](
+            kernels.dropout_backward_kernel[(ceil_div(out.shape[0], block["BLOCK_R"]),)](
                 out_gradient_ptr=contiguous(out_gradient),
                 out_ptr=contiguous(out),
                 gradient_ptr=gradient,
@@ -126,9 +130,19 @@ def warps_of_a_tile(width: int) -> int:
 
 def _block(x: Tensor) -> dict[str, int]:
     rows, width = x.shape
+    return {"rows": rows, **_tile(width)}
+
+
+@lru_cache(maxsize=64)
+def _tile(width: int) -> dict[str, int]:
+    """Not to be written to."""
     columns = max(16, triton.next_power_of_2(width))
-    tile = {"BLOCK_R": rows_of_a_tile(width), "BLOCK_C": columns, "num_warps": warps_of_a_tile(width)}
-    return {"rows": rows, "WIDTH": width, **tile}
+    return {
+        "WIDTH": width,
+        "BLOCK_R": rows_of_a_tile(width),
+        "BLOCK_C": columns,
+        "num_warps": warps_of_a_tile(width),
+    }
 
 
 def dropout_arguments(p: float) -> dict[str, float | int]:

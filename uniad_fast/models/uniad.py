@@ -13,6 +13,7 @@ from .layers import LayerOptions
 from .position import position_embedding
 from .reconstructor import Reconstructor
 from .submodules import apply_linear, is_plain
+from .training_pass import reconstruct as in_few_launches
 from .transformer import Transformer
 from .whole_network import reconstruct as in_one_call
 
@@ -105,7 +106,10 @@ class UniAD(Reconstructor):
             hidden = self._jitter_and_project(tokens)
         else:
             hidden = apply_linear(self.input_proj, tokens, self.impl)
-        out = self.transformer(hidden, self.pos_embed())
+        position = self.pos_embed()
+        out = in_few_launches(self.transformer, hidden, position)
+        if out is None:
+            out = self.transformer(hidden, position)
         return apply_linear(self.output_proj, out, self.impl)
 
     def _jitter_and_project(self, tokens: Tensor) -> Tensor:

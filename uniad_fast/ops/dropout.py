@@ -190,7 +190,8 @@ def norm_backward(
     dropout_p: float, seed: Tensor | None, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The launchers' `norm_backward` as an operator."""
-    return launchers(impl).norm_backward(out_gradient, x, residual, weight, stats, dropout_p, seed)
+    gradients = launchers(impl).norm_backward(out_gradient, x, residual, weight, stats, dropout_p, seed)
+    return *gradients[:2], gradients[2].clone(), gradients[3].clone()  # no two of an operator's may share memory
 
 
 @norm_backward.register_fake

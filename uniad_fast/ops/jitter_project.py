@@ -122,7 +122,8 @@ def jitter_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The launchers' `jitter_backward` as an operator; gradients that are not asked for are empty."""
     arguments = (out_gradient, tokens, weight, deviation, scale, prob, with_tokens, with_bias, seed)
-    return launchers(impl).jitter_backward(*arguments)
+    of_tokens, of_weight, of_bias = launchers(impl).jitter_backward(*arguments)
+    return of_tokens, of_weight.clone(), of_bias.clone()  # no two of an operator's may share memory
 
 
 @jitter_backward.register_fake

@@ -24,6 +24,23 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None
     return product(flat, weight, bias).view(*tokens.shape[:-1], weight.shape[0])
 
 
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """rows [R, K] times weight [O, K], plus bias [O]: [R, O], into `out` if there is one; no gradient is recorded."""
+    if rows.device.type == "cpu" and rows.dtype == torch.float32 and _has_onednn():
+        found = _onednn(rows, weight, bias)
+        return found if out is None else out.copy_(found)
+    if bias is None:
+        return torch.mm(rows, weight.t(), out=out)
+    return torch.addmm(bias, rows, weight.t(), out=out)
+
+
+def add_product(total: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """total [R, O] with the product of rows [R, K] and weight [O, K] added in place; no gradient is recorded."""
+    if rows.device.type == "cpu" and rows.dtype == torch.float32 and _has_onednn():
+        return total.add_(_onednn(rows, weight, None))
+    return total.addmm_(rows, weight.t())
+
+
 def _is_for_onednn(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> bool:
     for tensor in (tokens, weight, *([] if bias is None else [bias])):
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or tensor.is_neg():
@@ -36,9 +53,11 @@ def _is_for_onednn(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: st
         return False
     if torch.autograd.forward_ad._current_level >= 0:
         return False
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return False
-    return choose_impl(impl, tokens) == "cpu"
+    return _has_onednn() and choose_impl(impl, tokens) == "cpu"
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -33,7 +33,7 @@ are numbered from `first` on. So a batch that several processes share has the no
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from torch import Tensor
 KEEP, JITTER, JITTER_TOKEN = 0, 1, 2
 
 _WORD = 0xFFFFFFFF
+_SEEDS = 2**63 - 1
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
@@ -88,8 +89,20 @@ def draw_seed(device: torch.device) -> Tensor:
     """A fresh seed from torch's generator of `device`: an int64 tensor there, [] or of a part of a batch [2] (no
     synchronisation).
     """
-    key = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    key = torch.randint(0, _SEEDS, (), dtype=torch.int64, device=device)
     return key if _first_image is None else torch.stack((key, torch.full_like(key, _first_image)))
+
+
+def draw_seeds(device: torch.device, rows: Sequence[int]) -> list[Tensor]:
+    """As many seeds as `draw_seed` and `checks.seed_of` give one after the other, by one draw: on a CPU the same ones.
+
+    rows: planes, rows or tokens of an image that each seed is for.
+    """
+    keys = torch.randint(0, _SEEDS, (len(rows),), dtype=torch.int64, device=device)
+    if _first_image is None:
+        return list(keys.unbind())
+    pairs = {r: torch.stack((keys, torch.full_like(keys, _first_image * r)), 1) for r in set(rows)}
+    return [pairs[r][i] for i, r in enumerate(rows)]
 
 
 def draw_for_torch(device: torch.device) -> Tensor | None:
