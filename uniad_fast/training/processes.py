@@ -135,13 +135,15 @@ def joined() -> Iterator[Processes]:
             os.environ.setdefault(name, str(value))
         store, _, _ = next(dist.rendezvous("env://", timeout=_START))
         store.set_timeout(TIMEOUT)
+        # torchrun's own store outlives a restart, with the addresses of those who are gone.
+        attempt = f"uniad_fast {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {count}"
         options: dict[str, Any] = {"rank": rank, "world_size": count, "timeout": TIMEOUT}
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=dist.PrefixStore("uniad_fast", store), **options
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=dist.PrefixStore(attempt, store), **options
         )
     except (RuntimeError, ValueError, KeyError) as error:
         raise ProcessError(f"process {rank} of {count} can't reach the others: {error}") from error
-    _current = Processes(rank, count, dist.PrefixStore("uniad_fast waits", store))
+    _current = Processes(rank, count, dist.PrefixStore(f"{attempt} waits", store))
     try:
         yield _current
         _current.wait()
