@@ -21,6 +21,7 @@ from uniad_fast.kernels.gpu import (
     neighbor_masked_attention,
     tiles,
     whole_sequence_attention,
+    whole_sequence_gradient,
 )
 from uniad_fast.kernels.gpu.tiles import TileConfig
 
@@ -45,12 +46,19 @@ CHIPS = [
 ]
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 ATTENTION_KERNELS = ("forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel")
+ATTENTION_MODULES = {
+    "whole_sequence_kernel": whole_sequence_attention,
+    "whole_sequence_gradient_kernel": whole_sequence_gradient,
+}
 JITTER_KERNELS = {"forward_kernel": "forward", "weight_gradient_kernel": "weight", "token_gradient_kernel": "tokens"}
 
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel to compile: `op` "attention", "jitter" or "dropout", its kernel, dtype, head_dim or channels, tile."""
+    """One kernel to compile: `op` "attention", "jitter" or "dropout", its kernel, dtype, head_dim or channels, tile.
+
+    aligned: tensors and strides are multiples of 16 bytes and elements, as in practice; a runtime finds out by looking.
+    """
 
     op: str
     kernel: str
@@ -60,6 +68,7 @@ class Build:
     tile: TileConfig
     feature_size: tuple[int, int] = (14, 14)
     radius: tuple[int, int] = (3, 3)
+    aligned: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,9 @@ def attention_builds(
         chosen = {kernel: tiles.attention_tile(kernel, DTYPES[dtype], head_dim, amd) for kernel in ATTENTION_KERNELS}
         if whole := tiles.whole_sequence_tile(196, DTYPES[dtype], head_dim, blackwell=chip.name == "sm_100"):
             chosen["whole_sequence_kernel"] = whole
+        warpgroups = chip.name in ("sm_90", "sm_100")
+        if whole := tiles.whole_sequence_gradient_tile(196, DTYPES[dtype], head_dim, warpgroups):
+            chosen["whole_sequence_gradient_kernel"] = whole
         builds += [
             Build("attention", kernel, dtype, head_dim, drop, tile)
             for kernel, tile in chosen.items()
@@ -121,8 +133,8 @@ def compile_for(build: Build, chip: Chip) -> Result:
     function, constants = _function_and_constants(build, chip)
     names = [parameter.name for parameter in function.params]
     signature = {name: "constexpr" if name in constants else _type(name, build.dtype) for name in names}
-    # Tensors and strides are multiples of 16 bytes and elements in practice, which the runtime finds out by looking.
-    divisible = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or "_stride_" in n}
+    hinted = [i for i, n in enumerate(names) if build.aligned and (n.endswith("_ptr") or "_stride_" in n)]
+    divisible = {(i,): [["tt.divisibility", 16]] for i in hinted}
     indexed = {(names.index(name),): value for name, value in constants.items()}
     options = {"num_warps": build.tile.num_warps, "num_stages": build.tile.num_stages}
     start = time.perf_counter()
@@ -162,8 +174,7 @@ def _function_and_constants(build: Build, chip: Chip) -> tuple[Any, dict[str, An
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "DROPOUT": build.dropout, "PART": False,
             "PRECISION": precision,
         } | ({} if tile.whole else {"SKIP": False})  # fmt: skip
-        module = whole_sequence_attention if build.kernel == "whole_sequence_kernel" else neighbor_masked_attention
-        return getattr(module, build.kernel), constants
+        return getattr(ATTENTION_MODULES.get(build.kernel, neighbor_masked_attention), build.kernel), constants
     if build.op == "dropout":
         columns = max(16, triton.next_power_of_2(build.width))
         constants = {

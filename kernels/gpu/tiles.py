@@ -87,6 +87,18 @@ def whole_sequence_tile(tokens: int, element_size: int, head_dim: int, blackwell
     return TileConfig(64, 128 if tokens <= 128 else 256, 4, 1, whole=True)
 
 
+def whole_sequence_gradient_tile(tokens: int, element_size: int, head_dim: int, warpgroups: bool) -> TileConfig | None:
+    """The tile for one program a head in the backward pass, or None where a kernel each for queries and keys is better.
+
+    The gradients of all queries stay in registers: 16-bit elements to a width of 32; wider heads and float32 spill.
+    warpgroups: four warps multiply together (Hopper, and Blackwell for data centers). Four warps spill there with
+    dropout, and eight, whose blocks of queries are twice as high, do not; elsewhere it is the other way round.
+    """
+    if element_size != 2 or head_dim > 32 or not 64 < tokens <= 256:
+        return None
+    return TileConfig(128, 64, 8, 1, whole=True) if warpgroups else TileConfig(64, 64, 4, 1, whole=True)
+
+
 def dot_precision(tile: TileConfig) -> str:
     """How float32 dots are done: exactly, unless the user allows TF32 by torch's own switch."""
     if tile.precision == "ieee" or torch.version.hip is not None:
