@@ -113,6 +113,8 @@ def attention_backward(
         }
         warpgroups = _compute_capability(key.device) in (9, 10)
         whole = whole_sequence_gradient_tile(tokens, key.element_size(), head_dim, warpgroups)
+        if not _aligned(*tensors.values()):
+            whole = None  # an address an element: what it holds on the chip would spill
         launch = partial(_whole_backward, whole) if whole else _blockwise_backward
         with on(key.device):
             launch(tensors, query_gradient, key_gradient, value_gradient, shared, window)
@@ -282,6 +284,11 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
         for name, tensor in tensors.items()
         for dim, axis in enumerate(("b", "h", "n"))
     }
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether Triton finds by looking that memory may be read 16 elements at a time."""
+    return all(t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in t.stride()[:3]) for t in tensors)
 
 
 def _compute_capability(device: torch.device) -> int:
