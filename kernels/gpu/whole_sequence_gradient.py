@@ -110,13 +110,13 @@ def whole_sequence_gradient_kernel(
                 # Registers have no index: the block's own are found by branches, which all threads take alike.
                 if block == 0:
                     query_0 += part
-                if N > BLOCK_M:
+                if N > BLOCK_M:  # noqa: SIM102, one is known to the compiler and one is not
                     if block == 1:
                         query_1 += part
-                if N > 2 * BLOCK_M:
+                if N > 2 * BLOCK_M:  # noqa: SIM102, one is known to the compiler and one is not
                     if block == 2:
                         query_2 += part
-                if N > 3 * BLOCK_M:
+                if N > 3 * BLOCK_M:  # noqa: SIM102, one is known to the compiler and one is not
                     if block == 3:
                         query_3 += part
         value_gradient, key_gradient = value_accumulator * keep_scale, key_accumulator * (scale * keep_scale)
