@@ -41,6 +41,81 @@ def test_whole_sequences_serve_what_fits():
         assert tiles.whole_sequence_tile(tokens, element_size, head_dim, blackwell) is None
 
 
+WHOLE_GRADIENTS = [tiles.TileConfig(64, 64, 4, 1), tiles.TileConfig(64, 32, 4, 1), tiles.TileConfig(128, 64, 8, 1)]
+
+
+@pytest.mark.parametrize("tile", WHOLE_GRADIENTS, ids=lambda t: f"{t.block_m}x{t.block_n}")
+@pytest.mark.parametrize(
+    ("feature_size", "neighbor_size", "p"),
+    [((14, 14), (7, 7), 0.2), ((2, 65), (1, 129), 0.0), ((5, 13), (9, 25), 0.2), ((8, 16), None, 0.2)],
+)
+def test_gradients_of_whole_sequences(tile, feature_size, neighbor_size, p, monkeypatch):
+    """By one kernel, also where a head's width is no power of two and queries serve a whole batch."""
+    monkeypatch.setattr(launch, "whole_sequence_gradient_tile", lambda *_: tile)
+    monkeypatch.setattr(launch, "_aligned", lambda *_: True)
+    monkeypatch.setattr(launch, "_blockwise_backward", None)
+    tensors = attention_inputs(feature_size, batch=2, heads=1, query_batch=1, head_dim=24)
+    ours = run(tensors, feature_size, neighbor_size, "triton", p=p, seed=5)
+    assert_agree(tensors, ours, feature_size, neighbor_size, p=p, seed=5)
+
+
+def test_gradients_of_a_part_of_a_batch_are_those_of_the_whole(monkeypatch):
+    """Its noise begins where the part does."""
+    monkeypatch.setattr(launch, "whole_sequence_gradient_tile", lambda *_: WHOLE_GRADIENTS[0])
+    query, key, value = (t.detach() for t in attention_inputs((9, 9), batch=2, heads=2))
+    arguments, seed = ((9, 9, 1, 1), 0.3, 0.25), torch.tensor([7, 0], device=query.device)
+    out, stats = launch.attention_forward(query, key, value, *arguments, seed)
+    whole = launch.attention_backward(out, query, key, value, out, stats, *arguments, seed)
+    seed[1] = 2  # planes before the second picture's
+    parts = [t[1:] for t in (out, query, key, value, out)]
+    part = launch.attention_backward(*parts, stats[2:], *arguments, seed)
+    assert all(torch.equal(a[1:], b) for a, b in zip(whole, part, strict=True))
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_not_finite_gradients_of_whole_sequences(broken, monkeypatch):
+    """As the kernels of blocks have them: a NaN in a key, a value that is infinite, a score beyond all others."""
+    query, key, value = (t.detach() for t in attention_inputs((9, 9), batch=1, heads=1))
+    key[0, 0, 3] *= 1e12
+    if broken:
+        key[0, 0, 40, 1], value[0, 0, 70, 2] = float("nan"), float("inf")
+    arguments = ((9, 9, 1, 1), 0.0, 0.25, None)
+    out, stats = launch.attention_forward(query, key, value, *arguments)
+    gradients = []
+    for tile in (None, WHOLE_GRADIENTS[0]):
+        monkeypatch.setattr(launch, "whole_sequence_gradient_tile", lambda *_, tile=tile: tile)
+        gradients.append(launch.attention_backward(torch.ones_like(out), query, key, value, out, stats, *arguments))
+    for blocks, whole in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, blocks, equal_nan=True, rtol=1e-4, atol=1e-5)
+        assert broken or whole.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grid", "unaligned", "served"),
+    [(torch.float16, (9, 9), False, True), (torch.float16, (9, 9), True, False), (torch.float32, (9, 9), False, False),
+     (torch.float16, (8, 8), False, False)],
+)  # fmt: skip
+def test_the_backward_kernel_that_is_chosen_is_the_one_that_runs(dtype, grid, unaligned, served, monkeypatch):
+    ran = []
+    for name in ("_whole_backward", "_blockwise_backward"):
+        launcher = getattr(launch, name)
+        monkeypatch.setattr(launch, name, lambda *a, f=launcher, n=name: (ran.append(n), f(*a))[1])
+    tensors = attention_inputs(grid, dtype=dtype, batch=1, heads=1)
+    if unaligned:
+        tensors[1] = torch.nn.functional.pad(tensors[1].detach(), (1, 0))[..., 1:].requires_grad_()
+    assert_agree(tensors, run(tensors, grid, (3, 3), "triton", p=0.2, seed=5), grid, (3, 3), p=0.2, seed=5)
+    assert ran == ["_whole_backward" if served else "_blockwise_backward"]
+
+
+def test_gradients_of_whole_sequences_serve_what_fits():
+    chosen = tiles.whole_sequence_gradient_tile
+    assert chosen(196, 2, 32, warpgroups=True) == tiles.TileConfig(128, 64, 8, 1, whole=True)
+    assert chosen(196, 2, 32, warpgroups=False) == tiles.TileConfig(64, 64, 4, 1, whole=True)
+    assert chosen(256, 2, 32, warpgroups=False) == tiles.TileConfig(64, 32, 4, 1, whole=True)
+    for tokens, element_size, head_dim in ((64, 2, 32), (257, 2, 32), (196, 4, 32), (196, 2, 64)):
+        assert chosen(tokens, element_size, head_dim, warpgroups=False) is None
+
+
 @pytest.fixture
 def tf32_switches():
     """Torch's switches for products on a GPU, put back afterwards."""

@@ -12,7 +12,7 @@ dtype: matrix, exponentials and memory alone, since its instructions are not kno
 from dataclasses import dataclass
 
 import torch
-from uniad_fast.kernels.gpu.tiles import TileConfig, attention_tile, whole_sequence_tile
+from uniad_fast.kernels.gpu.tiles import TileConfig, attention_tile, whole_sequence_gradient_tile, whole_sequence_tile
 
 from bench.tools.cases import ATTENTION, AttentionCase
 from bench.tools.compiled import CHIPS, Build, Chip, compile_for
@@ -43,8 +43,16 @@ MACHINES = [
     Machine("MI300X", "gfx942", 304, 2.1e9, 5.3e12, 1307e12, issue=1, special=16),
 ]
 # Matrix products of a kernel, and the [B, H, N, D] tensors it reads and writes.
-DOTS = {"forward_kernel": 2, "whole_sequence_kernel": 2, "query_gradient_kernel": 3, "key_value_gradient_kernel": 4}
-TENSORS = {"forward_kernel": 4, "whole_sequence_kernel": 4, "query_gradient_kernel": 6, "key_value_gradient_kernel": 6}
+DOTS = {
+    "forward_kernel": 2, "whole_sequence_kernel": 2,
+    "query_gradient_kernel": 3, "key_value_gradient_kernel": 4, "whole_sequence_gradient_kernel": 5,
+}  # fmt: skip
+TENSORS = {
+    "forward_kernel": 4, "whole_sequence_kernel": 4,
+    "query_gradient_kernel": 6, "key_value_gradient_kernel": 6, "whole_sequence_gradient_kernel": 8,
+}  # fmt: skip
+# Kernels that walk over blocks of queries for each block of keys.
+BY_KEY = ("key_value_gradient_kernel", "whole_sequence_gradient_kernel")
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Prediction:
 
 
 def rounds(case: AttentionCase, tile: TileConfig, transposed: bool) -> tuple[int, int]:
-    """(visible, masked) rounds of the inner loops over all programs of one head, as `_near_blocks` splits them."""
+    """(visible, masked) rounds of the inner loops over all programs of one head, as `near_blocks` splits them."""
     (height, width), radius = case.feature_size, case.neighbor_size[0] // 2
     own, other = (tile.block_n, tile.block_m) if transposed else (tile.block_m, tile.block_n)
     tokens, full = height * width, height * width // other
@@ -93,17 +101,19 @@ def predict(case: AttentionCase, machine: Machine, kernel: str, dropout: bool, t
     loops = [loop for loop in compile_for(build, chip).loops if "matrix" in loop]
     visible_loop, masked_loop = loops[0], loops[-1]
     heads = case.batch * case.heads
-    visible, masked = rounds(case, tile, transposed=kernel == "key_value_gradient_kernel")
-    if tile.whole:
+    visible, masked = rounds(case, tile, transposed=kernel in BY_KEY)
+    if kernel == "whole_sequence_kernel":
         visible, masked = 0, -(-case.tokens // tile.block_m)
     slots = heads * tile.num_warps * (visible * sum(visible_loop.values()) + masked * sum(masked_loop.values()))
     pairs = heads * (visible + masked) * tile.block_m * tile.block_n
+    # 64 keys are too few rows for eight warps: both halves compute the gradients of keys and values.
+    repeated = 2 if kernel == "whole_sequence_gradient_kernel" and tile.num_warps == 8 else 0
     speed = machine.multiprocessors * machine.clock
     return Prediction(
         {
             "issue": slots / (machine.issue * speed),
             "special": pairs / (machine.special * speed),
-            "matrix": 2 * DOTS[kernel] * pairs * case.head_dim / machine.matrix,
+            "matrix": 2 * (DOTS[kernel] + repeated) * pairs * case.head_dim / machine.matrix,
             "memory": TENSORS[kernel] * 2 * heads * case.tokens * case.head_dim / machine.memory,
         },
         waste=pairs / (heads * visible_pairs(case)),
@@ -138,6 +148,9 @@ def shipped(case: AttentionCase, machine: Machine) -> dict[str, TileConfig]:
     if whole := whole_sequence_tile(case.tokens, 2, case.head_dim, blackwell):
         del chosen["forward_kernel"]
         chosen = {"whole_sequence_kernel": whole} | chosen
+    if whole := whole_sequence_gradient_tile(case.tokens, 2, case.head_dim, machine.chip in ("sm_90", "sm_100")):
+        # The two that it replaces stay in the table, to be compared with.
+        chosen["whole_sequence_gradient_kernel"] = whole
     return chosen
 
 

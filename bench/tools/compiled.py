@@ -16,6 +16,7 @@ from uniad_fast.kernels.gpu import (
     neighbor_masked_attention,
     tiles,
     whole_sequence_attention,
+    whole_sequence_gradient,
 )
 from uniad_fast.kernels.gpu.tiles import TileConfig
 
@@ -62,6 +63,10 @@ _GIVEN = (
     "query_ptr", "query_stride", "key_ptr", "key_stride", "value_ptr", "value_stride", "out_gradient",
     "token_ptr", "weight_ptr", "bias_ptr", "x_ptr", "residual_ptr",
 )  # fmt: skip
+ATTENTION_MODULES = {
+    "whole_sequence_kernel": whole_sequence_attention,
+    "whole_sequence_gradient_kernel": whole_sequence_gradient,
+}
 JITTER_KERNELS = {"forward_kernel": "forward", "weight_gradient_kernel": "weight", "token_gradient_kernel": "tokens"}
 
 
@@ -115,6 +120,9 @@ def attention_builds(
         blackwell = chip.name in ("sm_100", "sm_120")
         if whole := tiles.whole_sequence_tile(height * width, DTYPES[dtype], head_dim, blackwell):
             chosen["whole_sequence_kernel"] = whole
+        warpgroups = chip.name in ("sm_90", "sm_100")
+        if whole := tiles.whole_sequence_gradient_tile(196, DTYPES[dtype], head_dim, warpgroups):
+            chosen["whole_sequence_gradient_kernel"] = whole
         builds += [
             Build("attention", kernel, dtype, head_dim, drop, tile, **fields)
             for kernel, tile in chosen.items()
@@ -192,8 +200,7 @@ def _function_and_constants(build: Build, chip: Chip) -> tuple[Any, dict[str, An
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "DROPOUT": build.dropout, "PART": False,
             "PRECISION": precision,
         } | ({} if tile.whole else {"SKIP": build.skip})  # fmt: skip
-        module = whole_sequence_attention if build.kernel == "whole_sequence_kernel" else neighbor_masked_attention
-        return getattr(module, build.kernel), constants
+        return getattr(ATTENTION_MODULES.get(build.kernel, neighbor_masked_attention), build.kernel), constants
     if build.op == "dropout":
         columns = max(16, triton.next_power_of_2(build.width))
         constants = {

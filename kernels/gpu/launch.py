@@ -1,7 +1,7 @@
 """From tensors to kernel launches: allocate, choose the tiles, compute the grid. No mathematics, no checks of users."""
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -19,8 +19,17 @@ from .launch_dropout import (
     on,
     seed_arguments,
 )
-from .tiles import JITTER, TileConfig, attention_tile, dot_precision, skipping_pays, whole_sequence_tile
+from .tiles import (
+    JITTER,
+    TileConfig,
+    attention_tile,
+    dot_precision,
+    skipping_pays,
+    whole_sequence_gradient_tile,
+    whole_sequence_tile,
+)
 from .whole_sequence_attention import whole_sequence_kernel
+from .whole_sequence_gradient import whole_sequence_gradient_kernel
 
 __all__ = [
     "INTERPRETED",
@@ -53,7 +62,7 @@ def attention_forward(
     stats = torch.empty(batch * heads, 2, tokens, dtype=torch.float32, device=key.device)
     if out.numel() == 0:
         return out, stats
-    whole = whole_sequence_tile(tokens, key.element_size(), head_dim, _is_blackwell(key.device))
+    whole = whole_sequence_tile(tokens, key.element_size(), head_dim, _compute_capability(key.device) >= 10)
     tile = whole or attention_tile("forward_kernel", key.element_size(), head_dim)
     query, key, value = (unit_last_stride(t) for t in (query, key, value))
     geometry = _geometry(window, head_dim, tile, transposed=False)
@@ -99,15 +108,12 @@ def attention_backward_into(
     # Parts are summed in float32, in torch's fixed order.
     query_gradient = like_tokens_first(key, torch.float32 if broadcast else key.dtype) if into[0] is None else into[0]
     if key.numel() > 0:
-        query_tile = attention_tile("query_gradient_kernel", key.element_size(), head_dim)
-        key_tile = attention_tile("key_value_gradient_kernel", key.element_size(), head_dim)
-        delta = torch.empty(batch * heads, tokens, dtype=torch.float32, device=key.device)
-        stats = contiguous(stats)
         tensors = {"query": query, "key": key, "value": value, "out": out, "out_gradient": out_gradient}
         tensors = {name: unit_last_stride(t) for name, t in tensors.items()}
+        stats = contiguous(stats)
         shared = {
             "stats_ptr": stats,
-            "delta_ptr": delta,
+            "delta_ptr": torch.empty(batch * heads, tokens, dtype=torch.float32, device=key.device),
             **seed_arguments(seed, stats),
             "heads": heads,
             "scale": scale,
@@ -115,26 +121,60 @@ def attention_backward_into(
             **dropout_arguments(dropout_p),
             "DROPOUT": dropout_p > 0,
         }
+        warpgroups = _compute_capability(key.device) in (9, 10)
+        whole = whole_sequence_gradient_tile(tokens, key.element_size(), head_dim, warpgroups)
+        if not _aligned(*tensors.values()):
+            whole = None  # an address an element: what it holds on the chip would spill
+        launch = partial(_whole_backward, whole) if whole else _blockwise_backward
         with on(key.device):
-            ours = tensors | {"query_gradient": query_gradient}
-            attention.query_gradient_kernel[(batch * heads * ceil_div(tokens, query_tile.block_m),)](
-                **{f"{name}_ptr": t for name, t in ours.items()},
-                **_strides(**{name: t.expand_as(key) for name, t in ours.items()}),
-                **shared,
-                **_geometry(window, head_dim, query_tile, transposed=False),
-            )
-            del tensors["out"]
-            attention.key_value_gradient_kernel[(batch * heads * ceil_div(tokens, key_tile.block_n),)](
-                **{f"{name}_ptr": t for name, t in tensors.items()},
-                key_gradient_ptr=key_gradient,
-                value_gradient_ptr=value_gradient,
-                **_strides(**{name: t.expand_as(key) for name, t in tensors.items()}, key_gradient=key_gradient),
-                **shared,
-                **_geometry(window, head_dim, key_tile, transposed=True),
-            )
+            launch(tensors, query_gradient, key_gradient, value_gradient, shared, window)
     if broadcast:
         query_gradient = query_gradient.sum(0, keepdim=True).to(query.dtype)
     return query_gradient, key_gradient, value_gradient
+
+
+def _whole_backward(
+    tile: TileConfig, tensors: dict[str, Tensor], query_gradient: Tensor, key_gradient: Tensor, value_gradient: Tensor,
+    shared: dict, window: Window,
+) -> None:  # fmt: skip
+    """All gradients by one kernel, a program a head."""
+    batch, heads, _, head_dim = key_gradient.shape
+    ours = tensors | {"query_gradient": query_gradient, "key_gradient": key_gradient}
+    geometry = _geometry(window, head_dim, tile, transposed=True)
+    del geometry["SKIP"]  # too few blocks for it to pay
+    whole_sequence_gradient_kernel[(batch * heads,)](
+        **{f"{name}_ptr": t for name, t in ours.items()},
+        value_gradient_ptr=value_gradient,
+        **_strides(**{name: t.expand_as(key_gradient) for name, t in ours.items()}),
+        **shared,
+        **geometry,
+    )
+
+
+def _blockwise_backward(
+    tensors: dict[str, Tensor], query_gradient: Tensor, key_gradient: Tensor, value_gradient: Tensor,
+    shared: dict, window: Window,
+) -> None:  # fmt: skip
+    """Gradients of queries, with delta, by one kernel, then those of keys and values by another."""
+    key = tensors["key"]
+    batch, heads, tokens, head_dim = key.shape
+    query_tile = attention_tile("query_gradient_kernel", key.element_size(), head_dim)
+    key_tile = attention_tile("key_value_gradient_kernel", key.element_size(), head_dim)
+    ours = tensors | {"query_gradient": query_gradient}
+    attention.query_gradient_kernel[(batch * heads * ceil_div(tokens, query_tile.block_m),)](
+        **{f"{name}_ptr": t for name, t in ours.items()},
+        **_strides(**{name: t.expand_as(key) for name, t in ours.items()}),
+        **shared,
+        **_geometry(window, head_dim, query_tile, transposed=False),
+    )
+    ours = {name: t for name, t in tensors.items() if name != "out"} | {"key_gradient": key_gradient}
+    attention.key_value_gradient_kernel[(batch * heads * ceil_div(tokens, key_tile.block_n),)](
+        **{f"{name}_ptr": t for name, t in ours.items()},
+        value_gradient_ptr=value_gradient,
+        **_strides(**{name: t.expand_as(key) for name, t in ours.items()}),
+        **shared,
+        **_geometry(window, head_dim, key_tile, transposed=True),
+    )
 
 
 def jitter_forward(
@@ -264,5 +304,12 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def _is_blackwell(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 10
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether Triton finds by looking that memory may be read 16 elements at a time."""
+    return all(t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in t.stride()[:3]) for t in tensors)
+
+
+def _compute_capability(device: torch.device) -> int:
+    """The first number of NVIDIA's, 0 elsewhere."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device)[0] if nvidia else 0

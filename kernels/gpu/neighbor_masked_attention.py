@@ -18,7 +18,7 @@ from .philox import keep_tile, noise_start
 
 
 @triton.jit
-def _near_blocks(
+def near_blocks(
     first, BLOCK: tl.constexpr, OTHER: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RADIUS_ROW: tl.constexpr
 ):
     """[begin, end) of the full blocks of OTHER tokens that may hold a neighbour of tokens [first, first + BLOCK).
@@ -35,7 +35,7 @@ def _near_blocks(
 
 
 @triton.jit
-def _block_at(step, begin, end, FULL_BLOCKS: tl.constexpr, MASKED: tl.constexpr):
+def block_at(step, begin, end, FULL_BLOCKS: tl.constexpr, MASKED: tl.constexpr):
     """The block of a loop's step: the near ones and then the last, not full one; or all the visible ones."""
     if MASKED:
         block = tl.where(step < end - begin, begin + step, FULL_BLOCKS)
@@ -170,12 +170,12 @@ def forward_kernel(
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_M,), tl.float32)
-    begin, end = _near_blocks(first, BLOCK_M, BLOCK_N, HEIGHT, WIDTH, RADIUS_ROW)
+    begin, end = near_blocks(first, BLOCK_M, BLOCK_N, HEIGHT, WIDTH, RADIUS_ROW)
     FULL_BLOCKS: tl.constexpr = N // BLOCK_N
     for MASKED in tl.static_range(2):
         blocks = end - begin + (N % BLOCK_N != 0) if MASKED else FULL_BLOCKS - (end - begin)
         for step in range(0, blocks):
-            key_first = _block_at(step, begin, end, FULL_BLOCKS, MASKED) * BLOCK_N
+            key_first = block_at(step, begin, end, FULL_BLOCKS, MASKED) * BLOCK_N
             hidden = False
             if MASKED and SKIP:
                 hidden = _wholly_hidden(first, BLOCK_M, key_first, BLOCK_N, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL)
@@ -210,6 +210,17 @@ def forward_kernel(
 
 
 @triton.jit
+def softmax_weights(products, maximum, log_sum, scale_log2):
+    """Softmax weights of products, neither scaled, from the stats that the forward pass kept.
+
+    The difference first: of large products it is exact, and their scaled values are not. No weight is above 1, but
+    the products of another tile differ by a rounding from those whose maximum was kept.
+    """
+    exponent = (products - maximum[:, None]) * scale_log2 - log_sum[:, None]
+    return tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def _score_gradient(
     query, key, value, out_gradient, maximum, log_sum, delta, seed, noise_plane, query_first, key_first,
     scale_log2, keep_threshold, keep_scale,
@@ -220,10 +231,7 @@ def _score_gradient(
     products = query_key_products(
         query, key, query_first, key_first, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL, BLOCK_M, BLOCK_N, MASKED, PRECISION
     )
-    # The difference first: of large products it is exact, and their scaled values are not. No weight is above 1, but
-    # the products of another tile differ by a rounding from those whose maximum was kept.
-    exponent = (products - maximum[:, None]) * scale_log2 - log_sum[:, None]
-    weights = tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    weights = softmax_weights(products, maximum, log_sum, scale_log2)
     weight_gradient = tl.dot(out_gradient, tl.trans(value), input_precision=PRECISION)
     dropped = weights
     if DROPOUT:
@@ -276,12 +284,12 @@ def query_gradient_kernel(
     seed, noise_plane = tl.load(seed_ptr) if DROPOUT else 0, plane + noise_start(seed_ptr, PART)
 
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    begin, end = _near_blocks(first, BLOCK_M, BLOCK_N, HEIGHT, WIDTH, RADIUS_ROW)
+    begin, end = near_blocks(first, BLOCK_M, BLOCK_N, HEIGHT, WIDTH, RADIUS_ROW)
     FULL_BLOCKS: tl.constexpr = N // BLOCK_N
     for MASKED in tl.static_range(2):
         blocks = end - begin + (N % BLOCK_N != 0) if MASKED else FULL_BLOCKS - (end - begin)
         for step in range(0, blocks):
-            key_first = _block_at(step, begin, end, FULL_BLOCKS, MASKED) * BLOCK_N
+            key_first = block_at(step, begin, end, FULL_BLOCKS, MASKED) * BLOCK_N
             hidden = False
             if MASKED and SKIP:
                 hidden = _wholly_hidden(first, BLOCK_M, key_first, BLOCK_N, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL)
@@ -331,12 +339,12 @@ def key_value_gradient_kernel(
     seed, noise_plane = tl.load(seed_ptr) if DROPOUT else 0, plane + noise_start(seed_ptr, PART)
     key_accumulator = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     value_accumulator = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    begin, end = _near_blocks(first, BLOCK_N, BLOCK_M, HEIGHT, WIDTH, RADIUS_ROW)
+    begin, end = near_blocks(first, BLOCK_N, BLOCK_M, HEIGHT, WIDTH, RADIUS_ROW)
     FULL_BLOCKS: tl.constexpr = N // BLOCK_M
     for MASKED in tl.static_range(2):
         blocks = end - begin + (N % BLOCK_M != 0) if MASKED else FULL_BLOCKS - (end - begin)
         for step in range(0, blocks):
-            query_first = _block_at(step, begin, end, FULL_BLOCKS, MASKED) * BLOCK_M
+            query_first = block_at(step, begin, end, FULL_BLOCKS, MASKED) * BLOCK_M
             hidden = False
             if MASKED and SKIP:
                 hidden = _wholly_hidden(first, BLOCK_N, query_first, BLOCK_M, HEIGHT, WIDTH, RADIUS_ROW, RADIUS_COL)

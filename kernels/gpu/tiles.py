@@ -26,10 +26,10 @@ class TileConfig:
 
 
 # By kernel, bytes of an element, and width of a head. 64 keys a step: a Philox call serves eight columns that are
-# eight apart, so narrower tiles waste draws; 196 tokens make four blocks of 64. Key gradients hold two accumulators and
-# both orders of the weights, so they get smaller steps. float32 dots are three of tf32, whose halves double the
-# operands: the tile shrinks until registers hold it on every chip. For the widest heads' key gradients no tile is small
-# enough, and the ordinary units do them.
+# eight apart, so narrower tiles waste draws; 196 tokens make four blocks of 64. Key gradients hold two accumulators
+# and both orders of the weights, so wide heads get smaller steps; at a width of 32, 64 keys are what `wgmma` wants.
+# float32 dots are three of tf32, whose halves double the operands: the tile shrinks until registers hold it on every
+# chip. For the widest heads' key gradients no tile is small enough, and the ordinary units do them.
 ATTENTION = {
     ("forward_kernel", 2, 64): TileConfig(64, 64, 4, 2),
     ("forward_kernel", 2, 128): TileConfig(64, 64, 8, 2),
@@ -42,14 +42,17 @@ ATTENTION = {
     ("query_gradient_kernel", 4, 32): TileConfig(64, 32, 8, 1),
     ("query_gradient_kernel", 4, 64): TileConfig(16, 32, 4, 1),
     ("query_gradient_kernel", 4, 128): TileConfig(16, 16, 4, 1),
+    ("key_value_gradient_kernel", 2, 32): TileConfig(64, 64, 4, 1),
     ("key_value_gradient_kernel", 2, 64): TileConfig(64, 32, 4, 2),
     ("key_value_gradient_kernel", 2, 128): TileConfig(32, 64, 8, 1),
     ("key_value_gradient_kernel", 4, 32): TileConfig(16, 16, 4, 1),
     ("key_value_gradient_kernel", 4, 64): TileConfig(16, 16, 4, 1),
     ("key_value_gradient_kernel", 4, 128): TileConfig(32, 16, 8, 1, precision="ieee"),
 }
-# AMD's waves are 64 wide, and eight of them leave 256 registers each where four may have 512.
+# AMD's waves are 64 wide, and eight of them leave 256 registers each where four may have 512. With 64 keys the key
+# gradients take one register more than two programs on a multiprocessor may have.
 ATTENTION_AMD = ATTENTION | {
+    ("key_value_gradient_kernel", 2, 32): TileConfig(64, 32, 4, 2),
     ("query_gradient_kernel", 2, 128): TileConfig(64, 32, 4, 1),
     ("key_value_gradient_kernel", 2, 128): TileConfig(32, 32, 4, 1),
     ("key_value_gradient_kernel", 4, 128): TileConfig(32, 16, 4, 1),
@@ -85,6 +88,22 @@ def whole_sequence_tile(tokens: int, element_size: int, head_dim: int, blackwell
     if blackwell or element_size != 2 or head_dim > 32 or not 64 < tokens <= 256:
         return None
     return TileConfig(64, 128 if tokens <= 128 else 256, 4, 1, whole=True)
+
+
+def whole_sequence_gradient_tile(tokens: int, element_size: int, head_dim: int, warpgroups: bool) -> TileConfig | None:
+    """The tile for one program a head in the backward pass, or None where a kernel each for queries and keys is better.
+
+    The gradients of all queries stay in registers: 16-bit elements to a width of 32; wider heads and float32 spill.
+    warpgroups: four warps multiply together (Hopper, and Blackwell for data centers). Four warps spill there with
+    dropout, and eight, whose blocks of queries are twice as high, do not; elsewhere eight would do half of two
+    products twice. With 64 keys they fit at 14 x 14 and spill up to 56 bytes on Ampere at other sizes, so those have
+    32.
+    """
+    if element_size != 2 or head_dim > 32 or not 64 < tokens <= 256:
+        return None
+    if warpgroups:
+        return TileConfig(128, 64, 8, 1, whole=True)
+    return TileConfig(64, 64 if tokens == 196 else 32, 4, 1, whole=True)
 
 
 def dot_precision(tile: TileConfig) -> str:

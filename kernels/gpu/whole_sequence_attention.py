@@ -54,6 +54,10 @@ def whole_sequence_kernel(
         # Stored before the noise is drawn, which needs the registers.
         store_stats(stats_ptr, maximum, total, empty, plane, token, N)
         if DROPOUT:
+            if N < BLOCK_N:
+                # Read again each time: twenty round keys, computed once from it, would stay in registers. Where all
+                # keys are there, the compiler does better with them.
+                seed = tl.load(seed_ptr, volatile=True)
             keep = keep_tile(seed, noise_plane, token, start, keep_threshold, BLOCK_M, BLOCK_N)
             weights = tl.where(keep, weights, 0.0)
         out = tl.dot(weights.to(value.dtype), value, input_precision=PRECISION) * (keep_scale / total)[:, None]
