@@ -159,10 +159,10 @@ def test_the_service_measures_and_takes_no_detector_of_another_size(wide_bundle,
 
     service = Service(wide_bundle)
     try:
-        read = _decoded("a", defects[0].read_bytes(), SIZE, False)
-        assert read.tensor.shape == (3, *SIZE) and read.size == PICTURE
-        assert service.batches.submit(read.tensor, read.size).result().prediction.anomaly_map.shape == SIZE
-        with pytest.raises(UniadFastError, match="takes images of 64 pixels, this one 64x128"):
+        read = _decoded("a", defects[0].read_bytes(), service.batches.detector.settings, False)
+        assert read.image.shape == (3, *SIZE) and read.size == PICTURE
+        assert service.batches.submit(read.image, read.size).result().prediction.anomaly_map.shape == SIZE
+        with pytest.raises(UniadFastError, match="takes images of 64 pixels, this one images of 64x128"):
             service.batches.exchange(AnomalyDetector.load(bundle))
     finally:
         service.close()

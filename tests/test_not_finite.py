@@ -160,9 +160,11 @@ def test_an_evaluation_leaves_such_scores_out_by_name(bundle, made_up_classes, t
 
     scores, seen = prediction.image_scores, []
 
-    def first_is_nan(maps, kind):
+    def first_is_nan(maps, kind, step):
         seen.append(len(maps))
-        return scores(maps, kind).index_fill(0, torch.tensor([0] if len(seen) == 1 else [], dtype=torch.long), NAN)
+        return scores(maps, kind, step).index_fill(
+            0, torch.tensor([0] if len(seen) == 1 else [], dtype=torch.long), NAN
+        )
 
     monkeypatch.setattr(prediction, "image_scores", first_is_nan)
     code, output = run_command("eval", bundle, made_up_classes, "-o", tmp_path, "-q")
