@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of the kernels
 
+from uniad_fast.models.backbone import Backbone
 from uniad_fast.ops.dispatch import IMPLS
 
 BACKBONE = "resnet10t"
@@ -85,6 +86,12 @@ def options(backbone_weights: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """Of `uniad-fast train`, for a small detector soon."""
     cache = tmp_path_factory.mktemp("cache")
     return [*QUICK, "--backbone-weights", backbone_weights, "--epochs", 3, "--cache", cache, "-q"]
+
+
+@pytest.fixture(scope="module")
+def backbone(backbone_weights: Path) -> Backbone:
+    """A small one for images of 64 pixels."""
+    return Backbone.pretrained("resnet10t", 64, backbone_weights)
 
 
 @pytest.fixture(scope="session")

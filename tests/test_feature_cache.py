@@ -19,11 +19,6 @@ from uniad_fast.errors import UniadFastError
 from uniad_fast.models.backbone import Backbone
 
 
-@pytest.fixture(scope="module")
-def backbone(backbone_weights):
-    return Backbone.pretrained("resnet10t", 64, backbone_weights)
-
-
 @pytest.fixture
 def paths(tmp_path):
     rng = np.random.default_rng(0)

@@ -11,12 +11,6 @@ from uniad_fast.data.feature_cache import NoRoom, cached_features
 from uniad_fast.data.live_features import live_features
 from uniad_fast.detect.detector import AnomalyDetector
 from uniad_fast.errors import UniadFastError
-from uniad_fast.models.backbone import Backbone
-
-
-@pytest.fixture(scope="module")
-def backbone(backbone_weights):
-    return Backbone.pretrained("resnet10t", 64, backbone_weights)
 
 
 @pytest.fixture

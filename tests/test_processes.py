@@ -177,6 +177,30 @@ def test_variables_of_a_launcher(monkeypatch):
         started_as()
 
 
+@pytest.mark.parametrize(
+    ("mark", "variables", "message"),
+    [
+        ("job", {"TORCHELASTIC_RUN_ID": "job"}, "can be read"),  # not a checkpoint, which it tries to go on from
+        ("none", {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "1"}, "can be read"),
+        ("another", {"TORCHELASTIC_RUN_ID": "job"}, "holds an interrupted run"),
+        ("", {"TORCHELASTIC_RUN_ID": "none"}, "holds an interrupted run"),
+        ("", {}, "holds an interrupted run"),
+    ],
+)
+def test_what_torchrun_starts_again_goes_on_by_itself(
+    mark, variables, message, made_up_classes, options, tmp_path, monkeypatch
+):
+    for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    work = tmp_path / "b.training"
+    work.mkdir()
+    (work / "uniad_fast training").write_text(mark)
+    (work / "checkpoint.pt").write_text("junk")
+    assert message in call("train", made_up_classes, "-o", tmp_path / "b", *options, code=2)
+
+
 def test_alone_is_the_first_of_one():
     assert ALONE.is_first and ALONE.part == (0, 1)
     assert ALONE.gather(3) == [3] and ALONE.from_first(lambda: 4) == 4

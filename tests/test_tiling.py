@@ -16,7 +16,6 @@ from uniad_fast.data.feature_cache import cached_features
 from uniad_fast.data.tiling import STEP, Tiling
 from uniad_fast.detect.mosaic import Mosaic, Pictures, by_majority, pictures_of
 from uniad_fast.errors import UniadFastError
-from uniad_fast.models.backbone import Backbone
 
 SIZES = [(64, 64), (65, 64), (200, 331), (63, 500), (40, 30), (1000, 64), (257, 255)]
 
@@ -90,11 +89,6 @@ def test_a_picture_s_tiles_are_found_among_others():
     assert [tuple(one.shape) for one in maps] == [(1, 16, 32), (1, 16, 16)]
     assert maps[0][0, 0, 0] == 1 and maps[0][0, 0, 31] == 2 and (maps[1] - 3).abs().max() < 1e-5
     assert by_majority(np.array([2, 2, 0, 1]), np.array([5, 5, 5, 9])).tolist() == [2, 2, 2, 1]
-
-
-@pytest.fixture(scope="module")
-def backbone(backbone_weights):
-    return Backbone.pretrained("resnet10t", 64, backbone_weights)
 
 
 def test_features_of_tiles_are_those_of_their_pixels(backbone, tmp_path, monkeypatch):

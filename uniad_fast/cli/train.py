@@ -18,7 +18,7 @@ from ..image_size import Size
 from ..packages import require
 from ..printable import printable
 from ..signals import Stopped
-from ..training.processes import current, restarted
+from ..training.processes import current, restarted, run_id
 from ..training.recipes import RECIPES
 from ..training.run_files import ResumeError
 from . import train_options as options
@@ -109,8 +109,7 @@ def train(
     if not dataset.train:
         raise DataError(f"{data} has no good image to learn from")
     show_data(dataset)
-    again = restarted()  # by torchrun, which gives the same command
-    fit_and_save(detector, dataset, output, resume or again, restart and not again, quiet, logger)
+    fit_and_save(detector, dataset, output, resume, restart, quiet, logger)
     if dataset.test:
         _say_how_to_test(output, data, image_root)
     finish(detector.unreadable)
@@ -178,7 +177,8 @@ def fit_and_save(
     work_dir = output.with_name(f"{output.name}.training")
     _check_work_dir(work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
-    (work_dir / _TRAINING).touch()
+    if _goes_on(work_dir / _TRAINING):  # torchrun gives the same command again
+        resume, restart = True, False
     with locked(work_dir / _LOCK, wait=False) as alone:
         if not alone:
             raise ResumeError(f"another process is training {output}")
@@ -212,6 +212,13 @@ def fit_and_save(
     if (sentence := recognition_sentence(detector)) is not None:
         say(sentence)
     list_problems("note", detector.notes)
+
+
+def _goes_on(mark: Path) -> bool:
+    """Whether these processes were at this training before torchrun started them again; marks it as theirs."""
+    before = mark.read_text(encoding="utf-8") if mark.exists() else ""
+    mark.write_text(run_id(), encoding="utf-8")
+    return restarted(before)
 
 
 def _check_work_dir(work_dir: Path) -> None:

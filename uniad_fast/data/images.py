@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import UniadFastError
-from ..image_size import ImageSize, size_of
+from ..image_size import ImageSize, Size, size_of
 from ..printable import printable
 
 ImageLike = str | os.PathLike | Image.Image | NDArray | Tensor
@@ -21,7 +21,7 @@ ImageLike = str | os.PathLike | Image.Image | NDArray | Tensor
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000", "AVIF")
 _PREVIEWS = ("MPO",)  # whose further pictures are previews of the first
 EXIF_ORIENTATION = 0x0112
-SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
 class UnreadableImage(UniadFastError):
@@ -78,6 +78,12 @@ def stored_size(path: str | os.PathLike) -> tuple[tuple[int, int], int]:
     """
     with naming(path), Image.open(path, formats=_formats()) as image:
         return image.size, int(image.getexif().get(EXIF_ORIENTATION, 1))
+
+
+def upright(stored: tuple[int, int], orientation: int) -> Size:
+    """(height, width) as a viewer shows it, of what `stored_size` gives."""
+    width, height = stored
+    return (width, height) if orientation in _SIDEWAYS else (height, width)
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:

@@ -11,7 +11,7 @@ from ..errors import UniadFastError
 from ..image_size import ImageSize, Size, size_of
 from ..printable import printable
 from .image_files import list_images
-from .images import EXIF_ORIENTATION, SIDEWAYS, UnreadableImage, naming, open_image, read_bytes, stored_size
+from .images import EXIF_ORIENTATION, UnreadableImage, naming, open_image, read_bytes, stored_size, upright
 
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 
@@ -60,8 +60,8 @@ def _marked(path: Path) -> NDArray:
 def _turned_like(marked: NDArray, path: Path, image: str | os.PathLike) -> NDArray:
     """The mask as the upright image lies; masks are mostly drawn on that, some on the image as stored."""
     (width, height), orientation = stored_size(image)
-    upright = (width, height) if orientation in SIDEWAYS else (height, width)
-    if marked.shape == upright or orientation == 1:
+    shown = upright((width, height), orientation)
+    if marked.shape == shown or orientation == 1:
         turned = marked
     elif marked.shape == (height, width):
         picture = Image.fromarray(marked.astype(np.uint8))
@@ -69,11 +69,11 @@ def _turned_like(marked: NDArray, path: Path, image: str | os.PathLike) -> NDArr
         turned = np.asarray(ImageOps.exif_transpose(picture)) > 0
     else:
         turned = marked
-    ratio = turned.shape[0] * upright[1] / (turned.shape[1] * upright[0])
+    ratio = turned.shape[0] * shown[1] / (turned.shape[1] * shown[0])
     if not 0.95 < ratio < 1.05:
         raise UnreadableImage(
             f"{printable(path)}: a mask of {turned.shape[1]} x {turned.shape[0]} pixels for an image of "
-            f"{upright[1]} x {upright[0]}"
+            f"{shown[1]} x {shown[0]}"
         )
     return turned
 

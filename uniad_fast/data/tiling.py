@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..errors import UniadFastError
 from ..image_size import Size, in_words
-from .image_batches import BATCH, ImageBatch, read_batches
-from .images import SIDEWAYS, UnreadableImage, stored_size
+from .image_batches import BATCH, Failure, ImageBatch, read_batches
+from .images import UnreadableImage, stored_size, upright
 
 STEP = 4
 """Pixels: what sides and corners of tiles are multiples of, and what a value of a tiled picture's map stands for."""
@@ -107,10 +107,13 @@ def read_tiles(
     batches = read_batches(
         [paths[image] for image in images], None, 1, digests=[digests[image] for image in images], keep_pictures=True
     )
-    for (_, own), batch in zip(spans, batches, strict=True):
-        if batch.failures:
-            failed = [replace(batch.failures[0], position=position) for position in range(len(own))]
-            yield replace(batch, images=torch.zeros(0, 3, *tiling.tile), failures=failed, size=len(own))
+    for (image, own), batch in zip(spans, batches, strict=True):
+        failures = list(batch.failures)
+        if not failures and batch.sizes[0] != plan.sizes[image]:  # its tiles would be other places
+            failures = [Failure(0, f"it is {in_words(batch.sizes[0])} pixels, and its header says otherwise")]
+        if failures:
+            failed = [replace(failures[0], position=position) for position in range(len(own))]
+            yield ImageBatch(torch.zeros(0, 3, *tiling.tile), [], failed, len(own))
             continue
         notes = [(0, note) for _, note in batch.notes]
         for start in range(0, len(own), BATCH):
@@ -121,7 +124,6 @@ def read_tiles(
 
 def _upright_size(path: Path) -> Size | None:
     try:
-        (width, height), orientation = stored_size(path)
+        return upright(*stored_size(path))
     except (UnreadableImage, OSError, ValueError):
         return None
-    return (width, height) if orientation in SIDEWAYS else (height, width)

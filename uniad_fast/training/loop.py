@@ -107,7 +107,9 @@ class _Run:
         self.checkpoint = Checkpoint(files, identity, *parts)
         self.checkpoint_seconds = files.checkpoint_seconds if self.together.is_first else math.inf
         self.step = 0
-        if files.resume and (content := self.together.from_first(self.checkpoint.read)) is not None:
+        # The first process alone knows whether there is something to go on from.
+        content = self.together.from_first(lambda: self.checkpoint.read() if files.resume else None)
+        if content is not None:
             self.step = self.checkpoint.restore(content)
         self.log = Log(files if self.together.is_first else None, keep_below=self.step)
         self.asked = False

@@ -163,9 +163,18 @@ def started_as() -> tuple[int, int]:
     return rank, max(count, 1)
 
 
-def restarted() -> bool:
-    """Whether torchrun has started these processes before, and now again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+def restarted(run: str) -> bool:
+    """Whether torchrun has started these processes before, and now again; `run` is what `run_id` was then.
+
+    It counts restarts after a failure, and not those because a machine has come or gone.
+    """
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0 or (run != "" and run == run_id())
+
+
+def run_id() -> str:
+    """The name of the job that torchrun was given, or drew; nothing where there is none."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if name == "none" else name
 
 
 def _variable(name: str) -> str | None:
