@@ -140,3 +140,15 @@ def test_one_image_of_a_class_is_measured_by_what_the_others_have():
     assert fit.mixtures[1].weights[:2] == (0.0, 0.0) and len(fit.rows[1]) == 1
     found = fitted(*fit.gaussians)(x[40:], torch.tensor([1]))
     assert found.isfinite().all()
+
+
+def test_tiles_of_one_picture_are_held_out_together(monkeypatch):
+    """They show the same places: seen apart, a picture would be measured by itself, and thresholds come out too low."""
+    torch.manual_seed(0)
+    pictures = np.repeat(np.arange(12), 6)
+    x = torch.randn(12, 3, 8)[torch.from_numpy(pictures)] + 0.05 * torch.randn(72, 3, 8)
+    apart, together = (fit_gaussians(lambda rows: x[rows], [0] * 72, 1, pictures=of) for of in (None, pictures))
+    assert together.distances[0].mean() > 1.1 * apart.distances[0].mean()
+    monkeypatch.setattr(fitting, "LARGEST_CLASS", 20)
+    (rows,) = fit_gaussians(lambda rows: x[rows], [0] * 72, 1, pictures=pictures).rows
+    assert set(np.bincount(pictures[rows])) <= {0, 6} and 12 <= len(rows) <= 20  # whole pictures
