@@ -95,7 +95,9 @@ class DetectorSettings:
             raise UniadFastError(f"seed must be an integer from 0 to 2^63 - 1, got {self.seed!r}")
         object.__setattr__(self, "seed", int(self.seed))  # NumPy's are no JSON
         if not isinstance(self.aligned, bool) or (self.aligned and self.tiling is None):
-            raise UniadFastError(f"aligned says of pictures in tiles whether they are, got {self.aligned!r}")
+            raise UniadFastError(
+                f"aligned must be true or false, and true of pictures in tiles alone, got {self.aligned!r}"
+            )
 
     @property
     def tiling(self) -> Tiling | None:
