@@ -1,12 +1,16 @@
 """Which images a step trains on: all of them, each once, in parts that fit together, read ahead in order."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
 
+from uniad_fast import signals
 from uniad_fast.rows import row_numbers
-from uniad_fast.training import batches
+from uniad_fast.training import batches, device_batches
 from uniad_fast.training.batches import Batches, share
+from uniad_fast.training.device_batches import DeviceBatches, uploaded
 
 TOKENS = np.arange(50 * 2 * 3, dtype=np.float32).reshape(50, 2, 3)
 
@@ -55,6 +59,36 @@ def test_parts_are_the_batch(count):
             np.testing.assert_array_equal(one.rows, batch.rows)
             np.testing.assert_array_equal(one.tokens, TOKENS[batch.rows[one.first : one.first + len(one.tokens)]])
         assert max(len(one.tokens) for one in own) - min(len(one.tokens) for one in own) <= 1
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_batches_on_a_device_are_the_batches(resident, monkeypatch):
+    monkeypatch.setattr(device_batches, "_resident", uploaded if resident else lambda *_: None)
+    monkeypatch.setattr(device_batches, "_UPLOADED_AT_A_TIME", 4 * TOKENS[0].nbytes)
+    for part in ((0, 1), (1, 3)):
+        ours = DeviceBatches(Batches(TOKENS, 7, seed=1, part=part), DEVICE)
+        theirs = Batches(TOKENS, 7, seed=1, part=part)
+        assert ours.are_resident == resident
+        for step in (*range(9), 2):
+            own, plain = ours.at(step), theirs.at(step)
+            assert own.tokens.device.type == DEVICE.type and torch.equal(own.tokens.cpu(), plain.tokens)
+            assert own.first == plain.first and np.array_equal(own.rows, plain.rows)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize(("share_of_memory", "resident"), [(0.4, True), (0.0, False)])
+def test_features_are_on_a_gpu_where_they_fit(share_of_memory, resident, monkeypatch):
+    monkeypatch.setattr(device_batches, "_SHARE", share_of_memory)
+    assert DeviceBatches(Batches(TOKENS, 7, seed=1), DEVICE).are_resident == resident
+
+
+def test_an_upload_ends_where_a_signal_asked_for_it():
+    with signals.noted(), pytest.raises(signals.Stopped):
+        signal.raise_signal(signal.SIGHUP)
+        uploaded(TOKENS, DEVICE)
 
 
 def test_features_are_read_ahead_and_once(monkeypatch):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.tools.device import captured, first_line, peak_mib
+from bench.tools.replayed_training import training_check
 from uniad_fast import UniAD, jitter_project, neighbor_masked_attention
 from uniad_fast.ops import noise
 from uniad_fast.ops.dropout import dropout, dropout_add_norm
@@ -236,6 +237,7 @@ def graph_checks(device: torch.device) -> Iterator[Check]:
 
     yield "CUDA graph, a seed on the device", with_seed
     yield "CUDA graph, draws anew at each replay", without
+    yield "training, its steps replayed beside called", training_check
 
 
 def memory_checks(device: torch.device) -> Iterator[Check]:

@@ -63,7 +63,9 @@ def rate(tokens: Any, steps: int, batch: int = 16) -> float:
     """Images a second of a training on these features, the first steps left out."""
     recipe = replace(FAST, batch_size=batch, epochs=0, min_steps=steps, precision="auto")
     model = build_model(CHANNELS, 16, (SIDE, SIDE), recipe)
-    criterion = ReconstructionLoss(model, torch.zeros(CHANNELS), torch.ones(CHANNELS), optimization.loss(recipe))
+    criterion = ReconstructionLoss(
+        model, torch.zeros(CHANNELS), torch.ones(CHANNELS), optimization.loss(recipe), recipe.precision
+    )
     with tempfile.TemporaryDirectory() as folder:
         train(criterion, _Part(tokens, steps * batch), recipe, 0, RunFiles(folder, {}, quiet=True))
         rows = Path(folder, "log.csv").read_text().splitlines()[1:]

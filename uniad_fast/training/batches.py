@@ -47,7 +47,7 @@ class Batches:
         part: tuple[int, int] = (0, 1),
         classes: NDArray | None = None,
     ) -> None:
-        self._tokens, self._size, self._seed, self._part, self._classes = tokens, batch_size, seed, part, classes
+        self.tokens, self._size, self._seed, self._part, self._classes = tokens, batch_size, seed, part, classes
         self.images = len(tokens)
         self.steps_per_epoch = max(1, self.images // batch_size)
         row_bytes = max(1, int(np.prod(tokens.shape[1:]))) * 4
@@ -78,16 +78,20 @@ class Batches:
         _, rows, tokens = self._read
         position = step % self._window
         start = sum(len(own) for own in rows[:position])
-        every = self.rows(step)
-        first = share(len(every), self._part)[0]
+        every, first, _ = self.part_of(step)
         return Batch(every, first, torch.from_numpy(tokens[start : start + len(rows[position])]))
+
+    def part_of(self, step: int) -> tuple[NDArray, int, NDArray]:
+        """(all of a step's rows, number among them of this process's first one, this process's)."""
+        every = self.rows(step)
+        first, end = share(len(every), self._part)
+        return every, first, every[first:end]
 
     def _begin(self, window: int) -> tuple[int, list[NDArray], Callable[[], NDArray]]:
         rows = []
         for step in range(window * self._window, (window + 1) * self._window):
-            every = self.rows(step)
-            rows.append(every[slice(*share(len(every), self._part))])
-        return window, rows, begin_reading(self._tokens, np.concatenate(rows))
+            rows.append(self.part_of(step)[2])
+        return window, rows, begin_reading(self.tokens, np.concatenate(rows))
 
     def _order_of(self, epoch: int) -> NDArray:
         draw = np.random.default_rng((self._seed, epoch))

@@ -26,6 +26,8 @@ from ..rows import TokenRows
 from ..signals import Stopped, asked_to_stop, stop_if_asked
 from . import optimization
 from .batches import Batch, Batches, share
+from .captured_step import CapturedStep, CudaGraphs, Graphs
+from .device_batches import DeviceBatches
 from .patience import Patience
 from .processes import Processes
 from .recipes import Recipe
@@ -114,9 +116,14 @@ class _Run:
         self.log = Log(files if self.together.is_first else None, keep_below=self.step)
         self.asked = False
         self.watches = self.together.from_first(lambda: bool(recipe.patience) or self.log.has_events)
+        device = criterion.mean.device
+        self.on_device = DeviceBatches(batches, device)
         self.module: nn.Module = criterion
         if self.together.count > 1:
             self.module = nn.parallel.DistributedDataParallel(criterion)
+        self.captured: CapturedStep | None = None
+        if (graphs := _graphs(device)) is not None and self.together.count == 1:
+            self.captured = CapturedStep(self._step_alone, list(criterion.model.parameters()), graphs)
 
     def go(self, validation: TokenRows | None, after_epoch: Callable[[int], None] | None) -> int:
         """Step after step to the end; the number of epochs done."""
@@ -145,17 +152,14 @@ class _Run:
         return self.step // self.steps_per_epoch
 
     def _take_step(self, epoch: int) -> None:
-        model, batch = self.criterion.model, self.batches.at(self.step)
-        model.zero_grad(set_to_none=True)
+        batch = self.on_device.at(self.step)
         if self.together.count == 1:
-            loss = self.module(batch.tokens)
+            step = self._step_alone if self.captured is None else self.captured
+            loss, norm = step(batch.tokens).unbind()
             self.asked = asked_to_stop()
-            self.log.check(self.step, loss, batch.rows)
-            loss.backward()
         else:
-            loss = self._shared_loss(batch)
-            self.log.check(self.step, loss, batch.rows)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), self.recipe.clip)
+            loss, norm = self._shared_step(batch)
+        self.log.check(self.step, loss, batch.rows)
         for optimizer in self.optimizers:
             optimizer.step()
         self.log.add(self.step, epoch, loss, float(self.schedulers[0].get_last_lr()[0]), norm)
@@ -163,8 +167,19 @@ class _Run:
             scheduler.step()
         self.step += 1
 
-    def _shared_loss(self, batch: Batch) -> Tensor:
-        """The whole batch's loss, after its backward pass, and whether any process was asked to stop."""
+    def _step_alone(self, tokens: Tensor) -> Tensor:
+        """Gradients, clipped; (loss, norm of the gradients before) [2]. Nothing is read back: see `_graphs`."""
+        self.criterion.model.zero_grad(set_to_none=True)
+        loss = self.module(tokens)
+        loss.backward()
+        return torch.stack((loss.detach(), self._clipped_norm()))
+
+    def _clipped_norm(self) -> Tensor:
+        return nn.utils.clip_grad_norm_(self.criterion.model.parameters(), self.recipe.clip)
+
+    def _shared_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The whole batch's loss and norm of gradients; finds out whether any process was asked to stop."""
+        self.criterion.model.zero_grad(set_to_none=True)
         with part_of_batch(batch.first):
             loss = self.module(batch.tokens)
         # The gradients are averaged over processes, whose parts may differ by an image.
@@ -175,7 +190,7 @@ class _Run:
         # A look at what a GPU has computed waits for it.
         if asked.device.type == "cpu" or self.step % LOG_EVERY == 0:
             self.asked = bool(asked)
-        return total
+        return total, self._clipped_norm()
 
     def _end_epoch(self, validation: TokenRows | None, after_epoch: Callable[[int], None] | None) -> None:
         self.criterion.eval()
@@ -189,6 +204,11 @@ class _Run:
             with self.log.paused():
                 after_epoch(self.step // self.steps_per_epoch)
         self.criterion.train()
+
+
+def _graphs(device: torch.device) -> Graphs | None:
+    """Who captures steps on this device, if anybody does."""
+    return CudaGraphs(device) if device.type == "cuda" else None
 
 
 def _identity(run: dict[str, Any], recipe: Recipe, seed: int, batches: Batches, device: torch.device) -> dict[str, Any]:

@@ -39,8 +39,9 @@ class ReconstructionLoss(nn.Module):
         self.model = model
         self.loss = loss
         self.precision = precision
-        self.locations = locations
         device = next(model.parameters()).device
+        # Numbers, since a mask has to be read back from a GPU to say how many they are.
+        self._locations = None if locations is None else locations.nonzero()[:, 0].to(device)
         self.register_buffer("mean", mean.to(device))
         self.register_buffer("std", std.to(device))
 
@@ -51,8 +52,8 @@ class ReconstructionLoss(nn.Module):
         with autocast(self.precision, device):
             reconstruction = self.model.reconstruct(target)
         reconstruction = reconstruction.float()
-        if self.locations is not None:
-            reconstruction, target = reconstruction[:, self.locations], target[:, self.locations]
+        if self._locations is not None:
+            reconstruction, target = (t.index_select(1, self._locations) for t in (reconstruction, target))
         return self.loss(reconstruction, target)
 
 
