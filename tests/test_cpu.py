@@ -110,10 +110,15 @@ def test_threads_change_no_bit(dtype, threads):
         assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
-def test_more_keys_than_a_chunk():
+@pytest.mark.parametrize("path", build.paths())
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, (1e-4, 2e-6)), (torch.bfloat16, (2e-2, 2e-3))], ids=str
+)
+def test_more_keys_than_a_chunk(dtype, tolerance, path, monkeypatch):
     """Online softmax over several chunks, tasks of more than one, a window in all of them."""
     feature_size, neighbor_size = (36, 36), (21, 9)
-    tensors = [torch.randn(1, 2, 36 * 36, 32, requires_grad=True) for _ in range(3)]
+    monkeypatch.setattr(launch, "load", lambda: build.load(path))
+    tensors = [torch.randn(1, 2, 36 * 36, 32).to(dtype) for _ in range(3)]
     weight = torch.randn(1, 2, 36 * 36, 32)
 
     def run(tensors, impl):
@@ -123,7 +128,7 @@ def test_more_keys_than_a_chunk():
 
     truth = run([t.double() for t in tensors], "reference")
     for ours, true in zip(run(tensors, "cpu"), truth, strict=True):
-        torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(ours.double(), true, rtol=tolerance[0], atol=tolerance[1])
 
 
 def test_strided_inputs_are_not_copied(monkeypatch):

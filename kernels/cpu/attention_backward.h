@@ -25,11 +25,13 @@ template <class Mode, class T> struct Backward {
   void task(int64_t plane, int64_t split, int64_t first, int64_t last) const {
     const int64_t width = p.lanes_dim(), words = width / Mode::PAIR, tokens = p.tokens();
     const int64_t chunk = std::min(KEYS, round_up(last - first, 64));
+    [[maybe_unused]] std::conditional_t<IN_TILES<Mode>, Tiles, int> tiles{};
     Scratch scratch;
-    uint32_t* rows = scratch.take<uint32_t>(chunk * words);
-    uint32_t* key_lanes = scratch.take<uint32_t>(words * chunk);
-    uint32_t* value_lanes = scratch.take<uint32_t>(words * chunk);
+    uint32_t* rows = IN_TILES<Mode> ? nullptr : scratch.take<uint32_t>(chunk * words);
+    uint32_t* keys_as_left = scratch.take<uint32_t>(words * chunk);  // of a product, as its mode takes it
+    uint32_t* values_as_left = scratch.take<uint32_t>(words * chunk);
     uint32_t* key_pairs = scratch.take<uint32_t>(chunk / Mode::PAIR * width);
+    uint32_t* key_rows = IN_TILES<Mode> ? scratch.take<uint32_t>(width * chunk / Mode::PAIR) : nullptr;
     float* key_sums = scratch.take<float>(chunk * width);
     float* value_sums = scratch.take<float>(chunk * width);
     uint32_t* query_rows = scratch.take<uint32_t>(GROUP * words);
@@ -39,22 +41,25 @@ template <class Mode, class T> struct Backward {
     uint32_t* weights = scratch.take<uint32_t>(chunk * QUERIES / Mode::PAIR);     // [keys][QUERIES]
     uint32_t* differences = scratch.take<uint32_t>(chunk * QUERIES / Mode::PAIR);  // the same
     uint32_t* pairs = scratch.take<uint32_t>(chunk / Mode::PAIR * GROUP);          // differences, [keys / PAIR][GROUP]
-    float* columns = scratch.take<float>(p.rows_dim() * GROUP);
+    float* columns = scratch.take<float>(width * GROUP);
     float* query_sums = last - first > chunk ? scratch.take<float>(tokens * p.head_dim) : nullptr;
     Group group{scratch.take<uint32_t>(words * GROUP), scratch.take<uint32_t>(words * GROUP),
                 scratch.take<float>(GROUP), scratch.take<float>(GROUP), scratch.take<float>(GROUP)};
     GroupMasks masks(scratch, p);
 
     for (int64_t begin = first; begin < last; begin += chunk) {
-      const int64_t end = std::min(begin + chunk, last), keys = round_up(end - begin, TAIL);
+      const int64_t end = std::min(begin + chunk, last), keys = padded_keys<Mode>(end - begin);
       const int64_t padded = round_up(keys, LANES);
       pack_rows<Mode>(plane_start(value, value_strides, plane, p.heads) + begin * value_strides.token,
-                      value_strides.token, end - begin, padded, p.head_dim, width, rows);
-      transpose_rows(rows, padded, words, value_lanes, chunk);
+                      value_strides.token, end - begin, padded, p.head_dim, width,
+                      IN_TILES<Mode> ? values_as_left : rows);
+      if constexpr (!IN_TILES<Mode>) transpose_rows(rows, padded, words, values_as_left, chunk);
       pack_rows<Mode>(plane_start(key, key_strides, plane, p.heads) + begin * key_strides.token, key_strides.token,
-                      end - begin, padded, p.head_dim, width, rows);
-      transpose_rows(rows, padded, words, key_lanes, chunk);
-      pair_rows<Mode>(rows, keys, width, key_pairs);
+                      end - begin, padded, p.head_dim, width, IN_TILES<Mode> ? keys_as_left : rows);
+      if constexpr (!IN_TILES<Mode>) transpose_rows(rows, padded, words, keys_as_left, chunk);
+      pair_rows<Mode>(IN_TILES<Mode> ? keys_as_left : rows, keys, width, key_pairs);
+      if constexpr (IN_TILES<Mode>) transpose_rows(key_pairs, keys / Mode::PAIR, width, key_rows, chunk / Mode::PAIR);
+      const Keys of_chunk{keys_as_left, values_as_left, chunk, keys, IN_TILES<Mode> ? key_rows : key_pairs};
       for (int64_t q0 = 0; q0 < tokens; q0 += QUERIES) {
         const int64_t q1 = std::min(q0 + QUERIES, tokens);
         for (int64_t q = q0; q < q1; q += GROUP) {
@@ -69,15 +74,15 @@ template <class Mode, class T> struct Backward {
           uint32_t* group_pairs = Mode::PAIR == 1 ? differences + (q - q0) : pairs;
           const int64_t pair_stride = Mode::PAIR == 1 ? QUERIES : GROUP;
           if (vectors == 2) {
-            add_group<2>(key_lanes, value_lanes, chunk, keys, group, masks, weights + at, differences + at, pairs);
-            query_product<2>(key_pairs, keys, group_pairs, pair_stride, columns);
+            add_group<2>(of_chunk, group, masks, weights + at, differences + at, pairs);
+            query_product<2>(of_chunk, group_pairs, pair_stride, columns);
           } else {
-            add_group<1>(key_lanes, value_lanes, chunk, keys, group, masks, weights + at, differences + at, pairs);
-            query_product<1>(key_pairs, keys, group_pairs, pair_stride, columns);
+            add_group<1>(of_chunk, group, masks, weights + at, differences + at, pairs);
+            query_product<1>(of_chunk, group_pairs, pair_stride, columns);
           }
           store_query(plane, split, q, count, columns, begin == first, end == last, query_sums);
         }
-        const int64_t summed = round_up(q1 - q0, LANES) / Mode::PAIR;
+        const int64_t summed = round_up(q1 - q0, IN_TILES<Mode> ? GROUP : LANES) / Mode::PAIR;
         key_product(weights, gradient_pairs, keys, summed, q0 == 0, value_sums);
         key_product(differences, query_pairs, keys, summed, q0 == 0, key_sums);
       }
@@ -117,48 +122,108 @@ template <class Mode, class T> struct Backward {
     }
   }
 
+  // A chunk of keys and values, [words][room] by vectors, [padded][words] by tiles; and keys as the left operand of the
+  // queries' gradient, [padded / PAIR][width] by vectors, [width][room / PAIR] by tiles.
+  struct Keys {
+    const uint32_t *keys, *values;
+    int64_t room, padded;
+    const uint32_t* summed_keys;
+  };
+
+  // What a query has in one vector of lanes.
+  struct Lanes {
+    vfloat maximum, log_sum, delta;
+  };
+  template <int V> static INLINE void load_lanes_of(const Group& group, Lanes (&lanes)[V]) {
+    for (int v = 0; v < V; v++)
+      lanes[v] = {load<vfloat>(group.maxima + v * LANES), load<vfloat>(group.log_sums + v * LANES),
+                  load<vfloat>(group.delta + v * LANES)};
+  }
+
+  INLINE vfloat weight_of(vfloat product, const Lanes& lanes, mask_t hidden) const {
+    // The difference first: of large products it is exact, and their scaled values are not.
+    const vfloat x = exp2<Mode::EXP_DEGREE>((product - lanes.maximum) * p.scale_log2 - lanes.log_sum);
+    return select(hidden, vfloat{}, x);
+  }
+
+  // The gradient of a score, from that of its weight.
+  INLINE vfloat difference_of(vfloat weight, vfloat gradient, const Lanes& lanes, bool dropout, mask_t keep) const {
+    if (dropout) gradient = select(keep, gradient, vfloat{}) * p.keep_scale;
+    return weight * (gradient - lanes.delta);
+  }
+
+  // As `add_group`, by tiles.
+  template <int V>
+  INLINE void add_group_in_tiles(
+      const Keys& of, const Group& group, const GroupMasks& masks, uint32_t* weights, uint32_t* differences,
+      uint32_t* pairs) const {
+    const int64_t words = p.lanes_dim() / Mode::PAIR;
+    constexpr int64_t STRIDE = QUERIES / Mode::PAIR;
+    const bool dropout = p.keep_threshold != 0;
+    Lanes lanes[V];
+    load_lanes_of(group, lanes);
+    alignas(64) float products[GROUP * GROUP], gradients[GROUP * GROUP];
+    for (int64_t j = 0; j < of.padded; j += GROUP) {
+      const bool seen = !all_hidden(masks.hidden + j, GROUP);
+      if (seen) {
+        multiply_tiles<false>(
+            of.keys + j * words, words, group.query_lanes, GROUP, words, GROUP, V * LANES, products, GROUP);
+        multiply_tiles<false>(
+            of.values + j * words, words, group.gradient_lanes, GROUP, words, GROUP, V * LANES, gradients, GROUP);
+      }
+      for (int64_t r = 0; r < GROUP; r += 2)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; v++) {
+          vfloat difference[2] = {};
+#pragma GCC unroll 2
+          for (int i = 0; i < 2; i++) {
+            vfloat weight{};
+            if (seen && v < V) {
+              const int64_t at = (r + i) * GROUP + v * LANES;
+              const mask_t keep = dropout ? masks.keep[v][j + r + i] : 0;
+              weight = weight_of(load<vfloat>(products + at), lanes[v], masks.hidden[j + r + i] >> v * LANES);
+              difference[i] = difference_of(weight, load<vfloat>(gradients + at), lanes[v], dropout, keep);
+              if (dropout) weight = select(keep, weight, vfloat{});
+            }
+            // Lanes beyond V are summed over with the others, so they are 0.
+            narrow_vector(weight, (bf16*)(weights + (j + r + i) * STRIDE) + v * LANES);
+            narrow_vector(difference[i], (bf16*)(differences + (j + r + i) * STRIDE) + v * LANES);
+          }
+          store(pairs + (j + r) / 2 * GROUP + v * LANES, pair_lanes<Mode>(difference[0], difference[1]));
+        }
+    }
+  }
+
   // Weights after dropout (not yet divided by 1 - p) and gradients of the scores, of all keys for one group.
   template <int V>
   void add_group(
-      const uint32_t* key_lanes, const uint32_t* value_lanes, int64_t key_stride, int64_t keys, const Group& group,
-      const GroupMasks& masks, uint32_t* weights, uint32_t* differences, uint32_t* pairs) const {
+      const Keys& of, const Group& group, const GroupMasks& masks, uint32_t* weights, uint32_t* differences,
+      uint32_t* pairs) const {
+    if constexpr (IN_TILES<Mode>) return add_group_in_tiles<V>(of, group, masks, weights, differences, pairs);
     const int64_t dim_words = (p.head_dim + Mode::PAIR - 1) / Mode::PAIR;
     constexpr int64_t STRIDE = QUERIES / Mode::PAIR;
     const bool dropout = p.keep_threshold != 0;
-    vfloat maxima[V], log_sums[V], delta[V];
-    for (int v = 0; v < V; v++) {
-      maxima[v] = load<vfloat>(group.maxima + v * LANES);
-      log_sums[v] = load<vfloat>(group.log_sums + v * LANES);
-      delta[v] = load<vfloat>(group.delta + v * LANES);
-    }
-    over_rows(keys, [&](int64_t j, auto rows) {
+    Lanes lanes[V];
+    load_lanes_of(group, lanes);
+    over_rows(of.padded, [&](int64_t j, auto rows) {
       constexpr int R = rows;
       vfloat weight[R][V] = {}, gradient[R][V] = {};
       if (!all_hidden(masks.hidden + j, R)) {
-        multiply<Mode, 1>(key_lanes + j, key_stride, group.query_lanes, GROUP, dim_words, weight);
+        multiply<Mode, 1>(of.keys + j, of.room, group.query_lanes, GROUP, dim_words, weight);
         vfloat spill[R][V];
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-          for (int v = 0; v < V; v++) {
-            // The difference first: of large products it is exact, and their scaled values are not.
-            const vfloat x = exp2<Mode::EXP_DEGREE>((weight[r][v] - maxima[v]) * p.scale_log2 - log_sums[v]);
-            spill[r][v] = select(masks.hidden[j + r] >> v * LANES, vfloat{}, x);
-          }
-        multiply<Mode, 1>(value_lanes + j, key_stride, group.gradient_lanes, GROUP, dim_words, gradient);
+          for (int v = 0; v < V; v++)
+            spill[r][v] = weight_of(weight[r][v], lanes[v], masks.hidden[j + r] >> v * LANES);
+        multiply<Mode, 1>(of.values + j, of.room, group.gradient_lanes, GROUP, dim_words, gradient);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
           for (int v = 0; v < V; v++) {
-            weight[r][v] = spill[r][v];
-            if (dropout) {
-              const mask_t keep = masks.keep[v][j + r];
-              const vfloat kept = select(keep, gradient[r][v], vfloat{});
-              gradient[r][v] = spill[r][v] * (kept * p.keep_scale - delta[v]);
-              weight[r][v] = select(keep, spill[r][v], vfloat{});
-            } else {
-              gradient[r][v] = spill[r][v] * (gradient[r][v] - delta[v]);
-            }
+            const mask_t keep = dropout ? masks.keep[v][j + r] : 0;
+            gradient[r][v] = difference_of(spill[r][v], gradient[r][v], lanes[v], dropout, keep);
+            weight[r][v] = dropout ? select(keep, spill[r][v], vfloat{}) : spill[r][v];
           }
       }
 #pragma GCC unroll 12
@@ -181,11 +246,15 @@ template <class Mode, class T> struct Backward {
   // columns [rows_dim][GROUP]: the group's gradient of the scores times the keys.
   template <int V>
   void query_product(
-      const uint32_t* key_pairs, int64_t keys, const uint32_t* pairs, int64_t stride, float* columns) const {
+      const Keys& of, const uint32_t* pairs, int64_t stride, float* columns) const {
+    if constexpr (IN_TILES<Mode>)
+      return multiply_tiles<false>(
+          of.summed_keys, of.room / Mode::PAIR, pairs, stride, of.padded / Mode::PAIR, p.lanes_dim(), V * LANES,
+          columns, GROUP);
     over_rows(p.rows_dim(), [&](int64_t d, auto rows) {
       constexpr int R = rows;
       vfloat sum[R][V] = {};
-      multiply<Mode, 1>(key_pairs + d, p.lanes_dim(), pairs, stride, keys / Mode::PAIR, sum);
+      multiply<Mode, 1>(of.summed_keys + d, p.lanes_dim(), pairs, stride, of.padded / Mode::PAIR, sum);
       for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) store(columns + (d + r) * GROUP + v * LANES, sum[r][v]);
     });
@@ -196,6 +265,11 @@ template <class Mode, class T> struct Backward {
       const uint32_t* rows_of_words, const uint32_t* pairs, int64_t keys, int64_t summed, bool is_first,
       float* sums) const {
     const int64_t width = p.lanes_dim();
+    if constexpr (IN_TILES<Mode>) {
+      constexpr int STRIDE = QUERIES / Mode::PAIR;
+      if (is_first) return multiply_tiles<false>(rows_of_words, STRIDE, pairs, width, summed, keys, width, sums, width);
+      return multiply_tiles<true>(rows_of_words, STRIDE, pairs, width, summed, keys, width, sums, width);
+    }
     for (int64_t d = 0; d < width; d += GROUP)
       over_rows(keys, [&](int64_t j, auto rows) {
         constexpr int R = rows;

@@ -7,6 +7,7 @@
 #include "pack.h"
 #include "philox.h"
 #include "scratch.h"
+#include "tiles.h"
 
 namespace uniad {
 namespace {
@@ -76,7 +77,7 @@ struct GroupMasks {
       hidden[j] = near_row[row] & near_col[col];
       if (++col == p.width) col = 0, row++;
     }
-    std::fill(hidden + (end - begin), hidden + round_up(end - begin, TAIL), EVERY_LANE);
+    std::fill(hidden + (end - begin), hidden + round_up(end - begin, GROUP), EVERY_LANE);
     if (p.keep_threshold == 0) return;
     for (int v = 0; v < vectors; v++)
       for (int64_t j = begin; j < end; j += 64)
@@ -85,6 +86,9 @@ struct GroupMasks {
   }
 
 };
+
+// Keys as rows of a product: whole tiles where it is by tiles.
+template <class Mode> INLINE int64_t padded_keys(int64_t keys) { return round_up(keys, IN_TILES<Mode> ? GROUP : TAIL); }
 
 INLINE bool all_hidden(const mask_t* hidden, int rows) {
   mask_t all = EVERY_LANE;

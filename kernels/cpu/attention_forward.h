@@ -17,26 +17,30 @@ template <class Mode, class T> struct Forward {
   void task(int64_t plane, int64_t first, int64_t last) const {
     const int64_t width = p.lanes_dim(), words = width / Mode::PAIR, tokens = p.tokens();
     const int64_t groups = (last - first + GROUP - 1) / GROUP, chunk = std::min(KEYS, round_up(tokens, 64));
+    [[maybe_unused]] std::conditional_t<IN_TILES<Mode>, Tiles, int> tiles{};
     Scratch scratch;
-    uint32_t* key_lanes = scratch.take<uint32_t>(words * chunk);
+    uint32_t* keys_as_left = scratch.take<uint32_t>(words * chunk);  // of a product, as its mode takes it
     uint32_t* rows = scratch.take<uint32_t>(std::max<int64_t>(chunk, GROUP) * words);
     uint32_t* value_pairs = scratch.take<uint32_t>(chunk / Mode::PAIR * width);
+    uint32_t* value_rows = IN_TILES<Mode> ? scratch.take<uint32_t>(width * chunk / Mode::PAIR) : nullptr;
     uint32_t* query_lanes = scratch.take<uint32_t>(words * GROUP);
     float* scores = scratch.take<float>(chunk * GROUP);
     uint32_t* weights = scratch.take<uint32_t>(chunk / Mode::PAIR * GROUP);
-    float* sums = scratch.take<float>(groups * (p.rows_dim() + 2) * GROUP);  // [groups][maximum, total, out...][GROUP]
+    float* sums = scratch.take<float>(groups * (width + 2) * GROUP);  // [groups][maximum, total, out...][GROUP]
     GroupMasks masks(scratch, p);
     for (int64_t begin = 0; begin < tokens; begin += chunk) {
-      const int64_t end = std::min(begin + chunk, tokens), keys = round_up(end - begin, TAIL);
+      const int64_t end = std::min(begin + chunk, tokens), keys = padded_keys<Mode>(end - begin);
       pack_rows<Mode>(plane_start(key, key_strides, plane, p.heads) + begin * key_strides.token, key_strides.token,
-                      end - begin, round_up(keys, LANES), p.head_dim, width, rows);
-      transpose_rows(rows, round_up(keys, LANES), words, key_lanes, chunk);
+                      end - begin, round_up(keys, LANES), p.head_dim, width, IN_TILES<Mode> ? keys_as_left : rows);
+      if constexpr (!IN_TILES<Mode>) transpose_rows(rows, round_up(keys, LANES), words, keys_as_left, chunk);
       pack_rows<Mode>(plane_start(value, value_strides, plane, p.heads) + begin * value_strides.token,
                       value_strides.token, end - begin, keys, p.head_dim, width, rows);
       pair_rows<Mode>(rows, keys, width, value_pairs);
+      if constexpr (IN_TILES<Mode>) transpose_rows(value_pairs, keys / Mode::PAIR, width, value_rows, chunk / Mode::PAIR);
+      const Keys of_chunk{keys_as_left, chunk, end - begin, keys, IN_TILES<Mode> ? value_rows : value_pairs};
       for (int64_t g = 0; g < groups; g++) {
         const int64_t q = first + g * GROUP, count = std::min<int64_t>(GROUP, last - q);
-        float* state = sums + g * (p.rows_dim() + 2) * GROUP;
+        float* state = sums + g * (width + 2) * GROUP;
         pack_rows<Mode>(plane_start(query, query_strides, plane, p.heads) + q * query_strides.token,
                         query_strides.token, count, GROUP, p.head_dim, width, rows);
         transpose_rows(rows, GROUP, words, query_lanes, GROUP);
@@ -46,30 +50,64 @@ template <class Mode, class T> struct Forward {
         masks.start_group(p, q);
         masks.start_chunk(p, plane, q, vectors, begin, end);
         if (vectors == 2)
-          add_chunk<2>(key_lanes, chunk, value_pairs, query_lanes, keys, masks, begin == 0, scores, weights, state);
+          add_chunk<2>(of_chunk, query_lanes, masks, begin == 0, scores, weights, state);
         else
-          add_chunk<1>(key_lanes, chunk, value_pairs, query_lanes, keys, masks, begin == 0, scores, weights, state);
+          add_chunk<1>(of_chunk, query_lanes, masks, begin == 0, scores, weights, state);
         if (end == tokens) finish(plane, q, count, state, (float*)rows);
       }
     }
   }
 
+  // A chunk of keys and values. By vectors: keys [words][room], values [padded / PAIR][width]. By tiles: keys [padded]
+  // [words], values [width][room / PAIR].
+  struct Keys {
+    const uint32_t* keys;
+    int64_t room, count, padded;
+    const uint32_t* values;
+  };
+
+  // scores [padded][GROUP]: products of keys and queries, -inf where hidden. maximum: largest of a query, up to now.
+  template <int V>
+  INLINE void score(
+      const Keys& of, const uint32_t* query_lanes, const GroupMasks& masks, float* scores, vfloat (&maximum)[V]) const {
+    const int64_t words = p.lanes_dim() / Mode::PAIR;
+    for (int64_t j = 0; j < of.padded; j += GROUP) {
+      if (all_hidden(masks.hidden + j, GROUP)) {
+        for (int i = 0; i < GROUP * GROUP; i += LANES) store(scores + j * GROUP + i, splat(-INF));
+        continue;
+      }
+      multiply_tiles<false>(
+          of.keys + j * words, words, query_lanes, GROUP, words, GROUP, V * LANES, scores + j * GROUP, GROUP);
+      for (int64_t r = j; r < j + GROUP; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) {
+          float* at = scores + r * GROUP + v * LANES;
+          const vfloat s = select(masks.hidden[r] >> v * LANES, splat(-INF), load<vfloat>(at));
+          maximum[v] = vmax(maximum[v], s);
+          store(at, s);
+        }
+    }
+  }
+
   template <int V>
   void add_chunk(
-      const uint32_t* key_lanes, int64_t key_stride, const uint32_t* value_pairs, const uint32_t* query_lanes,
-      int64_t keys, const GroupMasks& masks, bool is_first, float* scores, uint32_t* weights, float* state) const {
+      const Keys& of, const uint32_t* query_lanes, const GroupMasks& masks, bool is_first, float* scores,
+      uint32_t* weights, float* state) const {
     const int64_t width = p.lanes_dim(), dim_words = (p.head_dim + Mode::PAIR - 1) / Mode::PAIR;
+    const int64_t keys = of.padded, weighed = round_up(of.count, TAIL);
     vfloat maximum[V], total[V], pivot[V], correction[V];
     for (int v = 0; v < V; v++) maximum[v] = is_first ? splat(-INF) : load<vfloat>(state + v * LANES);
 
-    over_rows(keys, [&](int64_t j, auto rows) {
+    if constexpr (IN_TILES<Mode>)
+      score<V>(of, query_lanes, masks, scores, maximum);
+    else over_rows(keys, [&](int64_t j, auto rows) {
       constexpr int R = rows;
       if (all_hidden(masks.hidden + j, R)) {
         for (int i = 0; i < R * GROUP; i += LANES) store(scores + j * GROUP + i, splat(-INF));
         return;
       }
       vfloat sum[R][V] = {};
-      multiply<Mode, 1>(key_lanes + j, key_stride, query_lanes, GROUP, dim_words, sum);
+      multiply<Mode, 1>(of.keys + j, of.room, query_lanes, GROUP, dim_words, sum);
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
         const mask_t hidden = masks.hidden[j + r];
@@ -91,7 +129,7 @@ template <class Mode, class T> struct Forward {
       store(state + v * LANES, maximum[v]);
     }
     const bool dropout = p.keep_threshold != 0;
-    for (int64_t j = 0; j < keys; j += Mode::PAIR) {
+    for (int64_t j = 0; j < weighed; j += Mode::PAIR) {
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) {
         vfloat weight[2];
@@ -107,6 +145,19 @@ template <class Mode, class T> struct Forward {
     }
     for (int v = 0; v < V; v++) store(state + GROUP + v * LANES, total[v]);
 
+    if constexpr (IN_TILES<Mode>) {
+      std::fill(weights + weighed / Mode::PAIR * GROUP, weights + keys / Mode::PAIR * GROUP, 0);
+      float* out_rows = state + 2 * GROUP;
+      const int64_t stride = of.room / Mode::PAIR, summed = keys / Mode::PAIR;
+      if (is_first)
+        return multiply_tiles<false>(of.values, stride, weights, GROUP, summed, width, V * LANES, out_rows, GROUP);
+      for (int64_t i = 0; i < width; i++)
+        for (int v = 0; v < V; v++) {
+          float* at = out_rows + i * GROUP + v * LANES;
+          store(at, load<vfloat>(at) * correction[v]);
+        }
+      return multiply_tiles<true>(of.values, stride, weights, GROUP, summed, width, V * LANES, out_rows, GROUP);
+    }
     over_rows(p.rows_dim(), [&](int64_t d, auto rows) {
       constexpr int R = rows;
       float* out_rows = state + (2 + d) * GROUP;
@@ -114,7 +165,7 @@ template <class Mode, class T> struct Forward {
       if (!is_first)
         for (int r = 0; r < R; r++)
           for (int v = 0; v < V; v++) sum[r][v] = load<vfloat>(out_rows + r * GROUP + v * LANES) * correction[v];
-      multiply<Mode, 1>(value_pairs + d, width, weights, GROUP, keys / Mode::PAIR, sum);
+      multiply<Mode, 1>(of.values + d, width, weights, GROUP, keys / Mode::PAIR, sum);
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) store(out_rows + r * GROUP + v * LANES, sum[r][v]);

@@ -9,6 +9,7 @@ own hash: one that was cut off or overwritten would kill the process that loads 
 import contextlib
 import ctypes
 import hashlib
+import json
 import os
 import platform
 import shlex
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -30,6 +32,7 @@ _AVX512 = ["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"]
 # What the sources choose between, by what the compiler may use. None is what this processor has.
 PATHS: dict[str | None, list[str]] = {
     None: ["-march=native"],
+    "amx": [f"-m{name}" for name in (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16")],
     "avx512_bf16": [f"-m{name}" for name in (*_AVX512, "avx512bf16")],
     "avx512": [f"-m{name}" for name in _AVX512],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -39,6 +42,7 @@ PATHS: dict[str | None, list[str]] = {
 }
 # What /proc/cpuinfo calls what a path needs. "portable" is what no other path is for: every ARM of 64 bits has NEON.
 _NEEDED = {
+    "amx": {*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16"},
     "avx512_bf16": {*_AVX512, "avx512_bf16"},
     "avx512": {*_AVX512},
     "avx2": {"avx2", "fma", "f16c"},
@@ -88,6 +92,38 @@ def paths() -> list[str]:
     flags = set(_processor().split())
     found = [name for name, needed in _NEEDED.items() if needed <= flags]
     return found if _is_arm() else [*found, "portable"]
+
+
+def remembered(name: str, find: Callable[[], dict[str, float]]) -> dict[str, float] | None:
+    """What `find` found on this machine, with this torch, when it was first asked; None where nothing can be kept.
+
+    Processes that ask together all get what one of them found.
+    """
+    made_of = hashlib.sha256(f"{torch.__version__}\0{_processor()}".encode())
+    try:
+        path = _folder() / f"{name}-{made_of.hexdigest()[:20]}.json"
+        if (found := _numbers(path)) is not None:
+            return found
+        path.unlink(missing_ok=True)  # it is damaged
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"building-{os.getpid()}-", dir=path.parent) as folder:
+            made = Path(folder, path.name)
+            made.write_text(json.dumps(find()))
+            with contextlib.suppress(FileExistsError):  # another process was sooner
+                os.link(made, path)
+        return _numbers(path)
+    except (OSError, BuildError):
+        return None
+
+
+def _numbers(path: Path) -> dict[str, float] | None:
+    """{name: number} in a file; None where there is no such file."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    numbers = isinstance(found, dict) and all(isinstance(each, int | float) for each in found.values())
+    return found if numbers else None
 
 
 @cache

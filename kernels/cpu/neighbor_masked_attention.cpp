@@ -65,6 +65,9 @@ void uniad_attention_forward(
     const int64_t* strides) {
   using namespace uniad;
   if (dtype == 0) forward<Single, float>(*p, query, key, value, out, stats, strides);
+#if defined(UNIAD_AMX)
+  if (dtype == 1 && has_tiles()) return forward<Tiled, bf16>(*p, query, key, value, out, stats, strides);
+#endif
   if (dtype == 1) forward<Brain, bf16>(*p, query, key, value, out, stats, strides);
   if (dtype == 2) forward<Single, fp16>(*p, query, key, value, out, stats, strides);
 }
@@ -75,6 +78,9 @@ void uniad_attention_backward(
     int dtype, const Problem* p, void* const* tensors, float* query_parts, const int64_t* strides) {
   using namespace uniad;
   if (dtype == 0) backward<Single, float>(*p, tensors, query_parts, strides);
+#if defined(UNIAD_AMX)
+  if (dtype == 1 && has_tiles()) return backward<Tiled, bf16>(*p, tensors, query_parts, strides);
+#endif
   if (dtype == 1) backward<Brain, bf16>(*p, tensors, query_parts, strides);
   if (dtype == 2) backward<Single, fp16>(*p, tensors, query_parts, strides);
 }

@@ -16,6 +16,7 @@ from ..ops.dispatch import IMPLS, kernel_problem
 from ..ops.dropout import dropout, dropout_add_norm
 from ..ops.jitter_project import jitter_project
 from ..ops.neighbor_masked_attention import neighbor_masked_attention
+from ..ops.products import KINDS, by_onednn
 
 _PACKAGES = (
     *("uniad_fast", "torch", "torchvision", "triton", "timm", "numpy", "pillow"),
@@ -31,6 +32,7 @@ _EXTRAS = {
     "test": {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "hypothesis": "hypothesis"},
 }
 _TOLERANCE = 1e-4
+_ONEDNN, _TORCH = "oneDNN", "torch's own"
 _GRID, _WINDOW = (5, 7), (3, 3)
 
 
@@ -59,10 +61,19 @@ def diagnose() -> tuple[list[str], bool]:
             + (absent and f"not here: {absent}" or problem or "runs, agrees with the definition (four ops, gradients)")
         )
         sound &= problem is None
+    lines += _products()
     for extra, modules in _EXTRAS.items():
         missing = [package for module, package in modules.items() if importlib.util.find_spec(module) is None]
         lines.append(f"extra [{extra}]: " + (f"missing: pip install {' '.join(missing)}" if missing else "installed"))
     return lines, sound
+
+
+def _products() -> list[str]:
+    """A line on who multiplies float32 on this processor, where the kernels are there."""
+    if kernel_problem("cpu", torch.zeros(())) is not None:
+        return []
+    chosen = by_onednn()
+    return [f"products in float32: {', '.join(f'{k} by {_ONEDNN if k in chosen else _TORCH}' for k in KINDS)}"]
 
 
 def problem_with(impl: str, device: torch.device) -> str | None:

@@ -1,4 +1,4 @@
-"""The product of a linear layer: float32 on a CPU by oneDNN, since torch sends it to MKL, which may stop at AVX2."""
+"""The product of a linear layer: float32 on a CPU by the library that is the faster there (see `products`)."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .dispatch import choose_impl
+from .products import by_onednn, has_onednn, onednn
 from .tracing import is_traced
 
 
@@ -16,19 +17,16 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None
 
     tokens [..., C_in], weight [C_out, C_in], bias [C_out] -> [..., C_out].
     """
-    if not _is_for_onednn(tokens, weight, bias, impl):
+    if not _is_chosen(tokens, weight, bias, impl):
         return F.linear(tokens, weight, bias)
     flat = tokens.reshape(-1, tokens.shape[-1])
     wanted = tokens.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    product = _Linear.apply if torch.is_grad_enabled() and wanted else _onednn
+    product = _Linear.apply if torch.is_grad_enabled() and wanted else _output
     return product(flat, weight, bias).view(*tokens.shape[:-1], weight.shape[0])
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """rows [R, K] times weight [O, K], plus bias [O]: [R, O], into `out` if there is one; no gradient is recorded."""
-    if rows.device.type == "cpu" and rows.dtype == torch.float32 and _has_onednn():
-        found = _onednn(rows, weight, bias)
-        return found if out is None else out.copy_(found)
     if bias is None:
         return torch.mm(rows, weight.t(), out=out)
     return torch.addmm(bias, rows, weight.t(), out=out)
@@ -36,12 +34,10 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | Non
 
 def add_product(total: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """total [R, O] with the product of rows [R, K] and weight [O, K] added in place; no gradient is recorded."""
-    if rows.device.type == "cpu" and rows.dtype == torch.float32 and _has_onednn():
-        return total.add_(_onednn(rows, weight, None))
     return total.addmm_(rows, weight.t())
 
 
-def _is_for_onednn(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> bool:
+def _is_chosen(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> bool:
     for tensor in (tokens, weight, *([] if bias is None else [bias])):
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or tensor.is_neg():
             return False
@@ -53,24 +49,14 @@ def _is_for_onednn(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: st
         return False
     if torch.autograd.forward_ad._current_level >= 0:
         return False
-    return _has_onednn() and choose_impl(impl, tokens) == "cpu"
-
-
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # It reads the bias as if it lay in a row.
-    bias = None if bias is None else bias.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return has_onednn() and choose_impl(impl, tokens) == "cpu"
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        return _onednn(rows, weight, bias)
+        return _output(rows, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -78,7 +64,18 @@ class _Linear(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         with_rows, with_weight, with_bias = ctx.needs_input_grad
         return (
-            _onednn(out_gradient, weight.t(), None) if with_rows else None,
-            _onednn(out_gradient.t(), rows.t(), None) if with_weight else None,
+            _product("gradient of tokens", out_gradient, weight) if with_rows else None,
+            _product("gradient of weight", out_gradient.t(), rows) if with_weight else None,
             out_gradient.sum(0) if with_bias else None,
         )
+
+
+def _output(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return onednn(rows, weight, bias) if "output" in by_onednn() else F.linear(rows, weight, bias)
+
+
+def _product(kind: str, left: Tensor, right: Tensor) -> Tensor:
+    if kind in by_onednn():
+        return onednn(left, right.t(), None)
+    with torch.autocast("cpu", enabled=False):  # a backward pass may be called inside
+        return left @ right

@@ -1,0 +1,104 @@
+"""Which library multiplies: whatever is chosen, the numbers hold; and what was found once on a machine stays."""
+
+import json
+import threading
+
+import pytest
+import torch
+from uniad_fast.kernels.cpu import build
+
+from uniad_fast.ops import linear as linear_module
+from uniad_fast.ops import products
+from uniad_fast.ops.linear import linear
+from uniad_fast.ops.products import KINDS, by_onednn
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Choose by hand."""
+    if build.problem() is not None or not build.PAYS or not products.has_onednn():
+        pytest.skip("every product is torch's here")
+    return lambda *kinds: monkeypatch.setattr(linear_module, "by_onednn", lambda: frozenset(kinds))
+
+
+@pytest.mark.parametrize("kinds", [(), KINDS, *((kind,) for kind in KINDS)], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_numbers_hold_whoever_multiplies(kinds, autocast, chosen):
+    """Autocast around the backward pass alone changes nothing."""
+    chosen(*kinds)
+    made = [torch.randn(s) for s in ((3, 7, 20), (11, 20), (11,))]
+    tensors = [t.requires_grad_() for t in made]
+    weight = torch.randn(3, 7, 11)
+    out = linear(*tensors, None)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = [out, *torch.autograd.grad(out, tensors, weight)]
+    exact = [t.detach().double().requires_grad_() for t in made]
+    truth = torch.nn.functional.linear(*exact)
+    for mine, true in zip(ours, [truth, *torch.autograd.grad(truth, exact, weight.double())], strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    return tmp_path / "uniad_fast"
+
+
+def test_what_was_found_first_stays(folder):
+    assert build.remembered("products", lambda: {"output": 2.5}) == {"output": 2.5}
+    assert build.remembered("products", lambda: {"output": 0.5}) == {"output": 2.5}
+    assert build.remembered("others", lambda: {"output": 0.5}) == {"output": 0.5}
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_who_asks_together_gets_one_answer(folder):
+    both, found = threading.Barrier(2), []
+
+    def ask(number):
+        def find():
+            both.wait(10)  # neither has written yet
+            return {"output": number}
+
+        found.append(build.remembered("products", find))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in (1.0, 2.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(found) == 2 and found[0] == found[1]
+
+
+@pytest.mark.parametrize("content", ["", '{"output": ', "[1, 2]", '{"output": "much"}'])
+def test_a_damaged_file_is_found_anew(content, folder):
+    build.remembered("products", lambda: {"output": 2.5})
+    (path,) = folder.iterdir()
+    path.write_text(content)
+    assert build.remembered("products", lambda: {"output": 0.5}) == {"output": 0.5}
+    assert json.loads(path.read_text()) == {"output": 0.5}
+
+
+def test_nothing_is_measured_in_every_run_where_nothing_can_be_kept(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    assert build.remembered("products", lambda: {"output": 0.5}) is None
+    by_onednn.cache_clear()
+    try:
+        assert by_onednn() == (frozenset(KINDS) if products.has_onednn() else frozenset())
+    finally:
+        by_onednn.cache_clear()
+
+
+@pytest.mark.skipif(not products.has_onednn(), reason="this torch has no oneDNN")
+def test_the_faster_one_is_measured_and_touches_no_generator(folder, monkeypatch):
+    before = torch.get_rng_state()
+    found = products._measured()
+    assert set(found) == set(KINDS) and all(0.01 < ratio < 100 for ratio in found.values())
+    assert torch.equal(before, torch.get_rng_state())
+    monkeypatch.setattr(products, "_measured", lambda: dict(zip(KINDS, (2.0, 1.0, 0.5), strict=True)))
+    by_onednn.cache_clear()
+    try:
+        assert by_onednn() == {KINDS[0]}
+    finally:
+        by_onednn.cache_clear()

@@ -1,0 +1,68 @@
+"""Which library multiplies float32 on this processor, torch's own or oneDNN, by the kind of product.
+
+Torch's own is MKL as a rule, which on some processors stops at AVX2, where oneDNN is twice as fast. On others it is the
+faster one, above all for gradients of weights: their operands are transposed, and oneDNN copies them. It is measured
+once on a machine, since libraries and processors change, and remembered, since the choice decides about last bits: a
+run has what the run before it had.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+KINDS = ("output", "gradient of tokens", "gradient of weight")
+_ROWS, _INS, _OUTS = 8 * 196, 256, 1024
+"""Of what is measured: eight images of the paper's, an FFN's first layer."""
+_ROUNDS = 7
+_GAIN = 1.05
+"""By which oneDNN has to be faster."""
+
+
+def has_onednn() -> bool:
+    """Whether torch has what calls it."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows [R, K] times weight [O, K], plus bias [O]: [R, O], float32 on a CPU; no gradient is recorded."""
+    # It reads the bias as if it lay in a row.
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+@cache
+def by_onednn() -> frozenset[str]:
+    """The kinds of product that oneDNN computes here; all of them where the measurement can't be remembered."""
+    from ..kernels.cpu import build
+
+    if not has_onednn():
+        return frozenset()
+    found = build.remembered("products", _measured)
+    return frozenset(KINDS if found is None else (kind for kind in KINDS if found.get(kind, 0.0) > _GAIN))
+
+
+def _measured() -> dict[str, float]:
+    """How many times as fast as torch's own oneDNN is, by kind."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        rows, weight = torch.ones(_ROWS, _INS), torch.ones(_OUTS, _INS)
+        bias, gradient = torch.ones(_OUTS), torch.ones(_ROWS, _OUTS)
+        ways: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+            KINDS[0]: (lambda: onednn(rows, weight, bias), lambda: torch.addmm(bias, rows, weight.t())),
+            KINDS[1]: (lambda: onednn(gradient, weight.t(), None), lambda: gradient @ weight),
+            KINDS[2]: (lambda: onednn(gradient.t(), rows.t(), None), lambda: gradient.t() @ rows),
+        }
+        return {kind: _ratio(*pair) for kind, pair in ways.items()}
+
+
+def _ratio(ours: Callable[[], Tensor], theirs: Callable[[], Tensor]) -> float:
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(_ROUNDS):
+        for call, own in zip((ours, theirs), seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            own.append(time.perf_counter() - start)
+    return round(statistics.median(seconds[1]) / statistics.median(seconds[0]), 2)
