@@ -91,11 +91,12 @@ def test_every_instruction_set_within_budget(case, path, monkeypatch):
     assert_within_budget(whole(model, tokens), truth, plain, f"{case} {path}")
 
 
+@pytest.mark.parametrize("path", [path for path in build.paths() if path in ("amx", "avx512_bf16", "neon_bf16")])
 @pytest.mark.parametrize("case", CASES)
-def test_bfloat16_within_budget(case):
+def test_bfloat16_within_budget(case, path, monkeypatch):
     """Under autocast, by oneDNN's products and by the kernel's, against float64 of the same tokens and parameters."""
-    if not launch_reconstruct.has_bfloat16():
-        pytest.skip("this processor does not multiply bfloat16")
+    monkeypatch.setattr(launch_reconstruct, "load", lambda: build.load(path))
+    assert launch_reconstruct.has_bfloat16()
     model = make(**CASES[case])
     tokens = tokens_for(model, 2)
     truth = by_layers(model, tokens, torch.float64)
@@ -107,26 +108,32 @@ def test_bfloat16_within_budget(case):
     assert not torch.equal(ours.float(), float32)  # it is another computation, not the same rounded
 
 
-def test_bfloat16_is_whole_for_small_batches_alone():
+@pytest.mark.parametrize("tiles", [False, True])
+def test_bfloat16_by_vectors_is_whole_for_small_batches_alone(tiles, monkeypatch):
     if not launch_reconstruct.has_bfloat16():
         pytest.skip("this processor does not multiply bfloat16")
+    monkeypatch.setattr(whole_network, "has_tiles", lambda: tiles)
     model = make()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert whole_network.reconstruct(model, tokens_for(model, 2048 // 35)) is not None
-        assert whole_network.reconstruct(model, tokens_for(model, 2048 // 35 + 1)) is None
+        assert (whole_network.reconstruct(model, tokens_for(model, 2048 // 35 + 1)) is not None) == tiles
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("batch", [1, 2, 7])
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
-def test_an_image_is_what_it_is_alone_on_any_number_of_threads(batch, threads):
+def test_an_image_is_what_it_is_alone_on_any_number_of_threads(batch, threads, bfloat16):
+    if bfloat16 and not launch_reconstruct.has_tiles():
+        pytest.skip("this processor has no tiles")
     model, before = make(), torch.get_num_threads()
     tokens = tokens_for(model, batch)
-    alone = torch.cat([whole(model, tokens[i : i + 1]) for i in range(batch)])
-    torch.set_num_threads(threads)
-    try:
-        assert torch.equal(whole(model, tokens), alone)
-    finally:
-        torch.set_num_threads(before)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        alone = torch.cat([whole(model, tokens[i : i + 1]) for i in range(batch)])
+        torch.set_num_threads(threads)
+        try:
+            assert torch.equal(whole(model, tokens), alone)
+        finally:
+            torch.set_num_threads(before)
 
 
 def test_more_images_than_the_cache_holds_go_in_groups():

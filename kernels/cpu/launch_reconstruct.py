@@ -10,7 +10,7 @@ from torch import Tensor
 from ..layout import contiguous
 from .build import load
 
-__all__ = ["Sizes", "has_bfloat16", "panel", "reconstruct"]
+__all__ = ["Sizes", "has_bfloat16", "has_tiles", "panel", "reconstruct"]
 
 
 class Sizes(NamedTuple):
@@ -33,6 +33,11 @@ def panel() -> int:
 def has_bfloat16() -> bool:
     """Whether the kernel was compiled for a processor that multiplies bfloat16."""
     return bool(load().uniad_has_pairs())
+
+
+def has_tiles() -> bool:
+    """Whether it multiplies bfloat16 by tiles (AMX), which this process is allowed."""
+    return bool(load().uniad_has_tiles())
 
 
 def reconstruct(

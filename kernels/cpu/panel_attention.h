@@ -94,6 +94,104 @@ void attention_of(
   });
 }
 
+// Working memory of `tiled_attention`, in words.
+struct TiledRoom {
+  int64_t dims, keys;  // padded to whole tiles
+
+  TiledRoom(Tokens tokens, int64_t head_dim) : dims(round_up(head_dim, 2 * SIDE)), keys(round_up(tokens.count, 2 * SIDE)) {}
+
+  int64_t words() const { return dims * keys + (dims / 2 + dims) * PANEL + (keys + keys / 2) * PANEL; }
+};
+
+#if defined(UNIAD_AMX)
+// Attention with products by tiles: operands are rounded to bfloat16, sums and the softmax are float32.
+class TiledAttention {
+ public:
+  // room: `TiledRoom::words`.
+  TiledAttention(Tokens tokens, int64_t head_dim, uint32_t* room)
+      : tokens_(tokens), head_dim_(head_dim), size_(tokens, head_dim) {
+    keys_ = room;
+    values_ = keys_ + size_.keys * size_.dims / 2;
+    query_ = values_ + size_.dims * size_.keys / 2;
+    out_ = (float*)(query_ + size_.dims / 2 * PANEL);
+    scores_ = out_ + size_.dims * PANEL;
+    weights_ = (uint32_t*)(scores_ + size_.keys * PANEL);
+  }
+
+  // Take one head's keys and values as left operands: keys [keys][dims / 2], values [dims][keys / 2].
+  void take(const Head& key, const Head& value) {
+    std::fill(keys_, keys_ + size_.keys * size_.dims / 2, 0);
+    std::fill(values_, values_ + size_.dims * size_.keys / 2, 0);
+    for (int64_t panel = 0; panel < tokens_.panels(); panel++) {
+      const int64_t width = tokens_.width(panel), first = panel * PANEL;
+      for (int64_t d = 0; d < head_dim_; d += 2 * SIDE)
+        for (int64_t t = 0; t < width; t += SIDE) {
+          uint32_t pairs[SIDE * SIDE] = {};
+          for (int64_t c = d; c < std::min(d + 2 * SIDE, head_dim_); c += 2) {
+            const float* at = (const float*)key.at(tokens_, panel, c) + t;
+            const vfloat high = c + 1 < head_dim_ ? load<vfloat>(at + width) : vfloat{};
+            store(pairs + (c - d) / 2 * SIDE, pair_lanes<Half>(load<vfloat>(at), high));
+          }
+          transpose(pairs, SIDE, keys_ + (first + t) * (size_.dims / 2) + d / 2, size_.dims / 2);
+        }
+      for (int64_t d = 0; d < head_dim_; d++)
+        for (int64_t t = 0; t < width; t += SIDE) {
+          // What lies in lanes beyond the last token may be anything, and 0 * NaN is NaN.
+          const int64_t left = tokens_.count - first - t;
+          const __mmask16 there = left >= SIDE ? 0xffff : (1 << left) - 1;
+          const float* at = (const float*)value.at(tokens_, panel, d) + t;
+          store(values_ + d * (size_.keys / 2) + (first + t) / 2, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, at)));
+        }
+    }
+  }
+
+  // As `attention_of`, for the head that was taken.
+  template <int V> void run(const float* query, const uint32_t* seen, float* out) {
+    const float scale = 1.4426950408889634f / std::sqrt((float)head_dim_);  // of exponents of 2
+    const vfloat lowest = splat(-std::numeric_limits<float>::infinity());
+    constexpr int64_t WIDE = V * LANES;
+    pair_panel(query, head_dim_, WIDE, size_.dims / 2, query_);
+    multiply_tiles<false>(keys_, size_.dims / 2, query_, WIDE, size_.dims / 2, size_.keys, WIDE, scores_, WIDE);
+    vfloat most[V], total[V];
+    for (int v = 0; v < V; v++) most[v] = lowest, total[v] = vfloat{};
+    for (int64_t k = 0; k < tokens_.count; k++)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) {
+        float* at = scores_ + (k * V + v) * LANES;
+        const vfloat x = seen ? select(seen[k] >> v * LANES, load<vfloat>(at), lowest) : load<vfloat>(at);
+        most[v] = vmax(most[v], x);
+        store(at, x);
+      }
+    for (int64_t k = tokens_.count; k < size_.keys; k++)
+      for (int v = 0; v < V; v++) store(scores_ + (k * V + v) * LANES, lowest);
+    for (int64_t k = 0; k < size_.keys; k += 2)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) {
+        // The difference first: of large products it is exact, and their scaled values are not.
+        const float* at = scores_ + (k * V + v) * LANES;
+        const vfloat low = exp2<3>((load<vfloat>(at) - most[v]) * scale);
+        const vfloat high = exp2<3>((load<vfloat>(at + WIDE) - most[v]) * scale);
+        total[v] += low + high;
+        store(weights_ + (k / 2 * V + v) * LANES, pair_lanes<Half>(low, high));
+      }
+    multiply_tiles<false>(values_, size_.keys / 2, weights_, WIDE, size_.keys / 2, size_.dims, WIDE, out_, WIDE);
+    for (int v = 0; v < V; v++) total[v] = 1.f / total[v];
+    for (int64_t d = 0; d < head_dim_; d++)
+      for (int v = 0; v < V; v++) {
+        const int64_t at = (d * V + v) * LANES;
+        store(out + at, load<vfloat>(out_ + at) * total[v]);
+      }
+  }
+
+ private:
+  Tokens tokens_;
+  int64_t head_dim_;
+  TiledRoom size_;
+  uint32_t *keys_, *values_, *query_, *weights_;
+  float *out_, *scores_;
+};
+#endif
+
 // The output of one head for one panel of queries.
 //
 // seen: [panel][key], a bit a query of the panel: whether it sees that key; or null, where all see all.

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "pack.h"
+#include "tiles.h"
 
 namespace uniad {
 
@@ -98,6 +99,20 @@ template <class Mode, int R, int V> INLINE void tile_sums(
   }
 }
 
+// Sums of output `o` of a panel, to where they belong.
+template <int V>
+INLINE void finish_output(const Product& p, int64_t o, const vfloat (&sum)[V], const float* residual, float* out) {
+  const float bias = p.bias ? p.bias[o] : 0.f;
+#pragma GCC unroll 2
+  for (int v = 0; v < V; v++) {
+    const int64_t at = (o * V + v) * LANES;
+    vfloat x = sum[v] + bias;
+    if (p.relu) x = vmax(vfloat{}, x);
+    if (residual) x += load<vfloat>(residual + at);
+    store(out + at, x);
+  }
+}
+
 // What a tile multiplies: weights of the product's row `row` and those after it, and a panel, both as words.
 struct Operands {
   const uint32_t *weight, *in;
@@ -112,21 +127,26 @@ inline __attribute__((noinline)) void tile(
   vfloat sum[R][V];
   tile_sums<Mode, R, V>(x.weight + (first - x.row) * x.words, x.words, x.in, x.is_first, sum);
 #pragma GCC unroll 24
-  for (int r = 0; r < R; r++) {
-    const float bias = p.bias ? p.bias[first + r] : 0.f;
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) {
-      const int64_t at = ((first + r) * V + v) * LANES;
-      vfloat x = sum[r][v] + bias;
-      if (p.relu) x = vmax(vfloat{}, x);
-      if (residual) x += load<vfloat>(residual + at);
-      store(out + at, x);
-    }
-  }
+  for (int r = 0; r < R; r++) finish_output(p, first + r, sum[r], residual, out);
 }
 
 template <class Mode, int V>
 void tiles(const Product& p, int64_t first, int64_t last, const Operands& x, const float* residual, float* out) {
+  if constexpr (IN_TILES<Mode>) {
+    alignas(64) float sums[2 * SIDE * PANEL];
+    for (int64_t o = first; o < last; o += 2 * SIDE) {
+      const int64_t outs = std::min(2 * SIDE, last - o);  // rows of weights beyond them are whatever lies there
+      multiply_tiles<false>(
+          x.weight + (o - x.row) * x.words, x.words, x.in, V * LANES, x.words, round_up(outs, SIDE), V * LANES, sums,
+          V * LANES);
+      for (int64_t r = 0; r < outs; r++) {
+        vfloat sum[V];
+        for (int v = 0; v < V; v++) sum[v] = load<vfloat>(sums + (r * V + v) * LANES);
+        finish_output(p, o + r, sum, residual, out);
+      }
+    }
+    return;
+  }
   constexpr int R = V == 2 ? TILE : NARROW_TILE;
   int64_t o = first;
   for (; o + R <= last; o += R) tile<Mode, R, V>(p, o, x, residual, out);
@@ -141,17 +161,29 @@ void tiles(const Product& p, int64_t first, int64_t last, const Operands& x, con
 // first.
 template <class Mode> constexpr int64_t CACHED = 48 * 1024 * Mode::PAIR;
 
-// A thread's room for operands as pairs of bfloat16: words of a block of weights, then those of a panel.
+// Outputs that a thread takes together.
+template <class Mode> constexpr int64_t UNIT = IN_TILES<Mode> ? 2 * SIDE : NARROW_TILE;
+
+// Of a row of operands: by tiles, whole ones, zeros at the end.
+template <class Mode> constexpr int64_t words_of(int64_t ins) {
+  return round_up((ins + Mode::PAIR - 1) / Mode::PAIR, IN_TILES<Mode> ? SIDE : 1);
+}
+
+// Words of a block of weights as pairs of bfloat16.
+template <class Mode> int64_t weight_room(int64_t ins) {
+  return std::max(CACHED<Mode> / 2, UNIT<Mode> * words_of<Mode>(ins));
+}
+
+// A thread's room for operands as pairs of bfloat16: a block of weights, then a panel.
 template <class Mode> int64_t pair_room(int64_t ins) {
-  const int64_t words = (ins + 1) / 2;
-  return Mode::PAIR == 1 ? 0 : std::max(CACHED<Mode> / 2, NARROW_TILE * words) + words * PANEL;
+  return Mode::PAIR == 1 ? 0 : weight_room<Mode>(ins) + words_of<Mode>(ins) * PANEL;
 }
 
 #if defined(UNIAD_BF16)
-// Rows of floats as pairs of bfloat16 that are neighbours in their row.
-inline void pair_weights(const float* from, int64_t rows, int64_t ins, uint32_t* to) {
-  const int64_t words = (ins + 1) / 2;
-  for (int64_t r = 0; r < rows; r++)
+// Rows of floats as `words` pairs of bfloat16 that are neighbours in their row.
+inline void pair_weights(const float* from, int64_t rows, int64_t ins, int64_t words, uint32_t* to) {
+  for (int64_t r = 0; r < rows; r++) {
+    std::fill(to + r * words + (ins + 1) / 2, to + (r + 1) * words, 0);
     for (int64_t c = 0; c < ins; c += 2 * LANES) {
       const int64_t left = ins - c;
 #if defined(UNIAD_NEON)
@@ -169,10 +201,12 @@ inline void pair_weights(const float* from, int64_t rows, int64_t ins, uint32_t*
       _mm512_mask_storeu_epi32(to + r * words + c / 2, stored, (__m512i)pair);
 #endif
     }
+  }
 }
 
-// A panel's channels as pairs of bfloat16 that are neighbours in their token.
-inline void pair_panel(const float* from, int64_t ins, int64_t width, uint32_t* to) {
+// A panel's channels as `words` rows of pairs of bfloat16 that are neighbours in their token.
+inline void pair_panel(const float* from, int64_t ins, int64_t width, int64_t words, uint32_t* to) {
+  std::fill(to + (ins + 1) / 2 * width, to + words * width, 0);
   for (int64_t c = 0; c < ins; c += 2)
     for (int64_t t = 0; t < width; t += LANES) {
       const float* low = from + c * width + t;
@@ -187,29 +221,31 @@ template <class Mode>
 inline void multiply_panels(
     const Product& p, int64_t batch, Tokens tokens, Panels in, Panels out, int64_t thread, int64_t threads,
     uint32_t* room) {
-  const int64_t units = (p.outs + NARROW_TILE - 1) / NARROW_TILE;
-  const int64_t most = std::max<int64_t>(1, CACHED<Mode> / p.ins / NARROW_TILE), blocks = (units + most - 1) / most;
-  const int64_t per_block = (units + blocks - 1) / blocks, block = per_block * NARROW_TILE;
-  const int64_t groups = tokens.panels() * batch, words = (p.ins + Mode::PAIR - 1) / Mode::PAIR;
+  constexpr int64_t UNITS = UNIT<Mode>;
+  const int64_t units = (p.outs + UNITS - 1) / UNITS, words = words_of<Mode>(p.ins);
+  const int64_t most = std::max<int64_t>(1, CACHED<Mode> / (words * Mode::PAIR) / UNITS);
+  const int64_t blocks = (units + most - 1) / most, groups = tokens.panels() * batch;
+  const int64_t per_block = (units + blocks - 1) / blocks, block = per_block * UNITS;
+  [[maybe_unused]] std::conditional_t<IN_TILES<Mode>, Tiles, int> in_tiles{};
   const Share share(blocks * groups * per_block, thread, threads);
   int64_t paired = -1;  // block whose weights are in `room`
   for (int64_t i = share.begin; i < share.end;) {
     const int64_t at = i / per_block, from = i % per_block, to = std::min(per_block, from + share.end - i);
     const int64_t sequence = at % groups / tokens.panels(), panel = at % groups % tokens.panels();
     const int64_t base = std::min(p.outs, at / groups * block), width = tokens.width(panel);
-    const int64_t first = std::min(p.outs, base + from * NARROW_TILE), last = std::min(p.outs, base + to * NARROW_TILE);
+    const int64_t first = std::min(p.outs, base + from * UNITS), last = std::min(p.outs, base + to * UNITS);
     const float* x = in.at(sequence, panel, width);
     const float* r = p.residual.data ? p.residual.at(sequence, panel, width) : nullptr;
     float* y = out.at(sequence, panel, width);
     Operands operands{(const uint32_t*)p.weight, (const uint32_t*)x, words, 0, at % groups == 0 || i == share.begin};
 #if defined(UNIAD_BF16)
     if constexpr (Mode::PAIR == 2) {
-      uint32_t* panel_room = room + std::max(CACHED<Mode> / 2, NARROW_TILE * words);
+      uint32_t* panel_room = room + weight_room<Mode>(p.ins);
       if (paired != at / groups) {
-        pair_weights(p.weight + base * p.ins, std::min(p.outs, base + block) - base, p.ins, room);
+        pair_weights(p.weight + base * p.ins, std::min(p.outs, base + block) - base, p.ins, words, room);
         paired = at / groups;
       }
-      pair_panel(x, p.ins, width, panel_room);
+      pair_panel(x, p.ins, width, words, panel_room);
       operands = {room, panel_room, words, base, false};
     }
 #endif

@@ -13,6 +13,12 @@ namespace {
 
 constexpr int64_t TOGETHER = 16 * 1024 * 1024;  // bytes
 
+#if defined(UNIAD_AMX)
+using Most = Tiled;  // what there is for bfloat16, where `has_tiles`
+#else
+using Most = Brain;
+#endif
+
 struct Sizes {
   int64_t batch, tokens, channels, width, heads, hidden, encoder_layers, decoder_layers;
 };
@@ -60,8 +66,10 @@ struct Buffers {
   float *out, *out_placed;          // the previous decoder layer's
   float *projected, *attended, *hidden, *ends;
   float* weights;  // of attention, a part for each thread
+  int64_t attention_words;
   uint32_t* pairs; // of products of bfloat16, likewise
   int64_t pair_words;
+  bool in_tiles;
 
   Buffers(Scratch& scratch, const Sizes& s, int64_t together, int64_t threads, bool in_bfloat16) {
     const Tokens n{s.tokens};
@@ -74,8 +82,11 @@ struct Buffers {
     projected = take(3 * s.width, together);
     hidden = take(s.hidden, together);
     ends = take(s.channels, together);
-    weights = scratch.take<float>(threads * s.tokens * PANEL);
-    pair_words = in_bfloat16 ? pair_room<Brain>(std::max({s.width, s.hidden, s.channels})) : 0;
+    in_tiles = in_bfloat16 && has_tiles();
+    const int64_t most = std::max({s.width, s.hidden, s.channels});
+    pair_words = in_tiles ? pair_room<Most>(most) : in_bfloat16 ? pair_room<Brain>(most) : 0;
+    attention_words = in_tiles ? TiledRoom(n, s.width / s.heads).words() : s.tokens * PANEL;
+    weights = scratch.take<float>(threads * attention_words);
     pairs = scratch.take<uint32_t>(threads * pair_words);
   }
 };
@@ -159,8 +170,11 @@ class Network {
     value.first = 2 * s_.width;
     const int64_t panels = n_.panels(), count = batch_ * s_.heads * panels;
     phase([&](int64_t thread, int64_t threads) {
-      float* weights = b_.weights + thread * n_.count * PANEL;
+      float* weights = b_.weights + thread * b_.attention_words;
       const Share share(count, thread, threads);
+#if defined(UNIAD_AMX)
+      if (b_.in_tiles) return attend_in_tiles(a, query, key, value, share, (uint32_t*)weights);
+#endif
       for (int64_t i = share.begin; i < share.end; i++) {
         const int64_t sequence = i / panels / s_.heads, head = i / panels % s_.heads;
         panel_attention(n_, s_.width / s_.heads, query, key, value, of(b_.attended, s_.width), a.seen, sequence, head,
@@ -168,6 +182,31 @@ class Network {
       }
     });
   }
+
+#if defined(UNIAD_AMX)
+  // A thread's share of (sequence, head, panel of queries).
+  void attend_in_tiles(const Attention& a, Panels query, Panels key, Panels value, Share share, uint32_t* room) {
+    const int64_t panels = n_.panels(), head_dim = s_.width / s_.heads, first = key.first, second = value.first;
+    const Tiles tiles;
+    TiledAttention attention(n_, head_dim, room);
+    for (int64_t i = share.begin; i < share.end; i++) {
+      const int64_t sequence = i / panels / s_.heads, channel = i / panels % s_.heads * head_dim, panel = i % panels;
+      if (i == share.begin || panel == 0) {
+        key.first = first + channel;
+        value.first = second + channel;
+        attention.take({key, sequence}, {value, sequence});
+      }
+      const int64_t width = n_.width(panel);
+      const float* q = query.at(sequence, panel, width) + channel * width;
+      float* out = of(b_.attended, s_.width).at(sequence, panel, width) + channel * width;
+      const uint32_t* seen = a.seen ? a.seen + panel * n_.count : nullptr;
+      if (width == PANEL)
+        attention.run<2>(q, seen, out);
+      else
+        attention.run<1>(q, seen, out);
+    }
+  }
+#endif
 
   void feed_forward(const Linear& linear1, const Linear& linear2) {
     const Panels tokens = of(b_.tokens, s_.width), hidden = of(b_.hidden, s_.hidden);
@@ -186,7 +225,9 @@ class Network {
 
   void run_product(const Product& p, Panels in, Panels out) {
     phase([&](int64_t thread, int64_t threads) {
-      if (b_.pair_words)
+      if (b_.in_tiles)
+        multiply_panels<Most>(p, batch_, n_, in, out, thread, threads, b_.pairs + thread * b_.pair_words);
+      else if (b_.pair_words)
         multiply_panels<Brain>(p, batch_, n_, in, out, thread, threads, b_.pairs + thread * b_.pair_words);
       else
         multiply_panels<Single>(p, batch_, n_, in, out, thread, threads, nullptr);
@@ -285,6 +326,9 @@ int64_t uniad_panel() { return uniad::PANEL; }
 
 // Whether products can take pairs of bfloat16.
 int64_t uniad_has_pairs() { return uniad::Brain::PAIR == 2; }
+
+// Whether they are made by tiles.
+int64_t uniad_has_tiles() { return uniad::has_tiles(); }
 
 // tensors: a network as an array of words, in the order of the structures above: encoder layers, decoder layers, the
 // last norm, the projections of input and output. strides: (batch, token, channel) of `in` and of `out`. in_bfloat16:

@@ -14,7 +14,7 @@
 
 namespace uniad {
 
-constexpr int64_t TILE = 16;  // rows, columns, and words along the summed axis
+constexpr int64_t SIDE = 16;  // of a tile: its rows, columns, and words along the summed axis
 
 struct Tiled;
 template <class Mode> constexpr bool IN_TILES = std::is_same_v<Mode, Tiled>;
@@ -39,7 +39,8 @@ class Tiles {
       uint16_t bytes[16] = {};
       uint8_t rows[16] = {};
     } shape;
-    for (int i = 0; i < 8; i++) shape.bytes[i] = 4 * TILE, shape.rows[i] = TILE;
+    for (int i = 0; i < 8; i++) shape.bytes[i] = 4 * SIDE, shape.rows[i] = SIDE;
+    asm volatile("" : : "r"(&shape) : "memory");  // to GCC, the next line reads eight bytes of it
     _tile_loadconfig(&shape);
   }
   ~Tiles() { _tile_release(); }
@@ -47,7 +48,7 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// sums [rows][cols] = (ADD: +=) left [rows][words] times right [words][cols]; rows, cols and words are multiples of TILE,
+// sums [rows][cols] = (ADD: +=) left [rows][words] times right [words][cols]; rows, cols and words are multiples of SIDE,
 // strides in words.
 template <bool ADD>
 inline void multiply_tiles(
@@ -57,16 +58,16 @@ inline void multiply_tiles(
   asm volatile("" ::: "memory");
   const int64_t l = 4 * left_stride, r = 4 * right_stride, s = 4 * stride;  // in bytes
   int64_t i = 0;
-  for (; i + 2 * TILE <= rows; i += 2 * TILE)
-    for (int64_t c = 0; c < cols; c += 2 * TILE) {
-      const bool two = c + TILE < cols;
-      float *upper = sums + i * stride + c, *lower = upper + TILE * stride;
+  for (; i + 2 * SIDE <= rows; i += 2 * SIDE)
+    for (int64_t c = 0; c < cols; c += 2 * SIDE) {
+      const bool two = c + SIDE < cols;
+      float *upper = sums + i * stride + c, *lower = upper + SIDE * stride;
       if constexpr (ADD) {
         _tile_loadd(0, upper, s);
         _tile_loadd(2, lower, s);
         if (two) {
-          _tile_loadd(1, upper + TILE, s);
-          _tile_loadd(3, lower + TILE, s);
+          _tile_loadd(1, upper + SIDE, s);
+          _tile_loadd(3, lower + SIDE, s);
         }
       } else {
         _tile_zero(0);
@@ -74,33 +75,33 @@ inline void multiply_tiles(
         _tile_zero(2);
         _tile_zero(3);
       }
-      for (int64_t k = 0; k < words; k += TILE) {
+      for (int64_t k = 0; k < words; k += SIDE) {
         _tile_loadd(4, left + i * left_stride + k, l);
-        _tile_loadd(5, left + (i + TILE) * left_stride + k, l);
+        _tile_loadd(5, left + (i + SIDE) * left_stride + k, l);
         _tile_loadd(6, right + k * right_stride + c, r);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(2, 5, 6);
         if (!two) continue;
-        _tile_loadd(7, right + k * right_stride + c + TILE, r);
+        _tile_loadd(7, right + k * right_stride + c + SIDE, r);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
       }
       _tile_stored(0, upper, s);
       _tile_stored(2, lower, s);
       if (two) {
-        _tile_stored(1, upper + TILE, s);
-        _tile_stored(3, lower + TILE, s);
+        _tile_stored(1, upper + SIDE, s);
+        _tile_stored(3, lower + SIDE, s);
       }
     }
-  for (; i < rows; i += TILE)
-    for (int64_t c = 0; c < cols; c += TILE) {
+  for (; i < rows; i += SIDE)
+    for (int64_t c = 0; c < cols; c += SIDE) {
       float* at = sums + i * stride + c;
       if constexpr (ADD) {
         _tile_loadd(0, at, s);
       } else {
         _tile_zero(0);
       }
-      for (int64_t k = 0; k < words; k += TILE) {
+      for (int64_t k = 0; k < words; k += SIDE) {
         _tile_loadd(4, left + i * left_stride + k, l);
         _tile_loadd(6, right + k * right_stride + c, r);
         _tile_dpbf16ps(0, 4, 6);
@@ -111,6 +112,8 @@ inline void multiply_tiles(
 }
 
 #else
+
+inline bool has_tiles() { return false; }
 
 // For code that nobody reaches.
 struct Tiles {};

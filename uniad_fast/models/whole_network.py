@@ -16,14 +16,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..ops.dispatch import choose_impl
 from ..ops.geometry import Window, hidden_keys
 from ..ops.tracing import is_traced
-from ..ops.whole_network import has_bfloat16, panel
+from ..ops.whole_network import has_bfloat16, has_tiles, panel
 from ..ops.whole_network import reconstruct as run_whole_network
 from .attention import NeighborMaskedAttention
 from .layers import DecoderLayer, EncoderLayer, Layer
 from .submodules import is_plain
 from .transformer import Decoder, Encoder, Transformer
 
-# Tokens of a batch up to which one call is faster in bfloat16; beyond, oneDNN's products are.
+# Tokens of a batch up to which one call is faster in bfloat16 by vectors; beyond, oneDNN's products are.
 _MOST_IN_BFLOAT16 = 2048
 _MOST_TOKENS = 4096  # beyond, the mask as bits is large, and the attention's own kernel skips what is hidden
 
@@ -69,8 +69,9 @@ def _is_served(model: Any, tokens: Tensor) -> bool:
 
 def _is_served_in_bfloat16(tokens: Tensor) -> bool:
     """Whether autocast asks for what the kernel can do, and does best."""
-    is_small = tokens.shape[0] * tokens.shape[1] <= _MOST_IN_BFLOAT16
-    return is_small and torch.get_autocast_dtype("cpu") == torch.bfloat16 and has_bfloat16()
+    if torch.get_autocast_dtype("cpu") != torch.bfloat16 or not has_bfloat16():
+        return False
+    return has_tiles() or tokens.shape[0] * tokens.shape[1] <= _MOST_IN_BFLOAT16
 
 
 def _network(model: Any, position: Tensor) -> tuple[tuple[int, ...], Words]:

@@ -19,6 +19,13 @@ def has_bfloat16() -> bool:
     return launch_reconstruct.has_bfloat16()
 
 
+def has_tiles() -> bool:
+    """Whether it multiplies bfloat16 by tiles of the processor's."""
+    from ..kernels.cpu import launch_reconstruct
+
+    return launch_reconstruct.has_tiles()
+
+
 def reconstruct(
     tokens: Tensor,
     position: Tensor,
