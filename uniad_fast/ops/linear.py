@@ -19,9 +19,15 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None
     """
     if not _is_chosen(tokens, weight, bias, impl):
         return F.linear(tokens, weight, bias)
-    flat = tokens.reshape(-1, tokens.shape[-1])
     wanted = tokens.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    product = _Linear.apply if torch.is_grad_enabled() and wanted else _output
+    differentiated = torch.is_grad_enabled() and wanted
+    if torch.is_autocast_enabled("cpu"):
+        if not (differentiated and torch.get_autocast_dtype("cpu") == torch.bfloat16 and _has_tiles()):
+            return F.linear(tokens, weight, bias)
+        product, tokens = _LinearInTiles.apply, tokens.to(torch.bfloat16)
+    else:
+        product = _Linear.apply if differentiated else _output
+    flat = tokens.reshape(-1, tokens.shape[-1])
     return product(flat, weight, bias).view(*tokens.shape[:-1], weight.shape[0])
 
 
@@ -39,17 +45,57 @@ def add_product(total: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
 
 def _is_chosen(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> bool:
     for tensor in (tokens, weight, *([] if bias is None else [bias])):
-        if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or tensor.is_neg():
+        if tensor.device.type != "cpu" or tensor.is_neg():
+            return False
+        if tensor.dtype != torch.float32 and not (tensor is tokens and _is_autocasts(tensor)):
             return False
         if type(tensor) not in (Tensor, nn.Parameter):
             return False
     if bias is not None and bias.shape != weight.shape[:1]:
         return False  # for torch to refuse or broadcast
-    if torch.is_autocast_enabled("cpu") or is_traced() or not tokens.numel():
+    if is_traced() or not tokens.numel():
         return False
     if torch.autograd.forward_ad._current_level >= 0:
         return False
     return has_onednn() and choose_impl(impl, tokens) == "cpu"
+
+
+def _is_autocasts(tensor: Tensor) -> bool:
+    """Whether it is in the dtype that autocast casts to."""
+    return torch.is_autocast_enabled("cpu") and tensor.dtype == torch.get_autocast_dtype("cpu")
+
+
+def _has_tiles() -> bool:
+    from ..kernels.cpu import launch_weight_gradient
+
+    return launch_weight_gradient.has_tiles()
+
+
+class _LinearInTiles(torch.autograd.Function):
+    """rows [R, K] in bfloat16, weight and bias in float32 -> bfloat16, as autocast has it; their gradients come in
+    float32, without a rounding between.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        cast = weight.to(torch.bfloat16)
+        ctx.save_for_backward(rows, cast)
+        return onednn(rows, cast, None if bias is None else bias.to(torch.bfloat16))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        from ..kernels.cpu import launch_weight_gradient
+
+        rows, weight = ctx.saved_tensors
+        with_rows, with_weight, with_bias = ctx.needs_input_grad
+        rows_gradient = torch.mm(out_gradient, weight) if with_rows else None
+        weight_gradient, bias_gradient = None, None
+        if with_weight:
+            weight_gradient, bias_gradient = launch_weight_gradient.weight_gradient(rows, out_gradient, with_bias)
+        elif with_bias:
+            bias_gradient = out_gradient.sum(0, dtype=torch.float32)
+        return rows_gradient, weight_gradient, bias_gradient
 
 
 class _Linear(torch.autograd.Function):

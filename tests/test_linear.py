@@ -1,0 +1,108 @@
+"""Linear layers under autocast by the tiles of AMX: their numbers, every shape, any number of threads."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from uniad_fast.kernels.cpu import build, launch_weight_gradient
+
+from uniad_fast.ops import linear as linear_module
+from uniad_fast.ops.linear import linear
+from uniad_fast.testing import assert_within_budget
+
+HAS_TILES = build.problem() is None and launch_weight_gradient.has_tiles()
+needs_tiles = pytest.mark.skipif(not HAS_TILES, reason="this processor has no tiles")
+SHAPES = [(1, 1, 1), (7, 20, 11), (33, 272, 272), (1100, 40, 300), (600, 300, 17), (512, 256, 64)]
+"""Rows, inputs, outputs: parts of tiles, of chunks, of tasks; and whole ones."""
+
+
+@needs_tiles
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_of_weight_and_bias(shape):
+    rows, ins, outs = shape
+    tokens, gradient = torch.randn(rows, ins).bfloat16(), torch.randn(rows, outs).bfloat16()
+    weight, bias = launch_weight_gradient.weight_gradient(tokens, gradient, True)
+    truth = gradient.double().t() @ tokens.double(), gradient.double().sum(0)
+    plain = gradient.float().t() @ tokens.float(), gradient.float().sum(0)
+    for ours, true, torchs in zip((weight, bias), truth, plain, strict=True):
+        assert ours.dtype == torch.float32
+        assert_within_budget(ours, true, torchs, str(tuple(ours.shape)))
+
+
+@needs_tiles
+def test_rows_apart_are_read_where_they_lie():
+    tokens, gradient = torch.randn(50, 3, 40).bfloat16(), torch.randn(2, 70, 50).bfloat16()
+    for a, b in ((tokens[:, 1, 5:33], gradient[0].t()), (tokens[:, 0].flip(1), gradient[1, 7:30].t())):
+        ours, none = launch_weight_gradient.weight_gradient(a, b, False)
+        assert none is None
+        torch.testing.assert_close(ours.double(), b.double().t() @ a.double(), rtol=1e-5, atol=1e-4)
+
+
+@needs_tiles
+def test_threads_change_no_bit():
+    tokens, gradient = torch.randn(700, 300).bfloat16(), torch.randn(700, 290).bfloat16()
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            found.append(launch_weight_gradient.weight_gradient(tokens, gradient, True))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@needs_tiles
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_under_autocast(dtype, bias):
+    made = [torch.randn(3, 7, 20), torch.randn(11, 20), *([torch.randn(11)] if bias else [])]
+    upstream = torch.randn(3, 7, 11).bfloat16()
+
+    def run(function, double=False):
+        tensors = [t.double() if double else t.clone() for t in made]
+        if not double:
+            tensors[0] = tensors[0].to(dtype)
+        tensors = [t.requires_grad_() for t in tensors]
+        with torch.autocast("cpu", torch.bfloat16, enabled=not double):
+            out = function(tensors[0], tensors[1], tensors[2] if bias else None)
+        return [out, *torch.autograd.grad(out, tensors, upstream.to(out.dtype))]
+
+    ours, plain, truth = run(lambda *t: linear(*t, None)), run(F.linear), run(F.linear, double=True)
+    assert [t.dtype for t in ours] == [t.dtype for t in plain]
+    for number, results in enumerate(zip(ours, truth, plain, strict=True)):
+        assert_within_budget(*results, str(number))
+
+
+@needs_tiles
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_only_what_is_wanted_is_computed(wanted):
+    made = [torch.randn(5, 20), torch.randn(11, 20), torch.randn(11)]
+    tensors = [t.requires_grad_(number in wanted) for number, t in enumerate(made)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = linear(*tensors, None), F.linear(*tensors)
+    out.float().sum().backward()
+    ours = [t.grad for t in tensors]
+    for t in tensors:
+        t.grad = None
+    expected.float().sum().backward()
+    for number, (mine, tensor) in enumerate(zip(ours, tensors, strict=True)):
+        assert (mine is not None) == (number in wanted)
+        if mine is not None:
+            torch.testing.assert_close(mine, tensor.grad, rtol=2e-2, atol=2e-2)
+
+
+def test_another_dtype_of_autocast_or_none_is_torchs(monkeypatch):
+    monkeypatch.setattr(linear_module._LinearInTiles, "apply", None)
+    tensors = [torch.randn(5, 20), torch.randn(11, 20).requires_grad_(), torch.randn(11)]
+    with torch.autocast("cpu", torch.float16):
+        assert linear(*tensors, None).dtype == torch.float16
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(*tensors, None), F.linear(*tensors))
+    assert linear(*tensors, None).dtype == torch.float32
+
+
+@pytest.mark.skipif(HAS_TILES, reason="they are there")
+def test_without_tiles_the_kernel_says_so():
+    if build.problem() is not None:
+        pytest.skip("no kernels here")
+    with pytest.raises(RuntimeError, match="needs AMX"):
+        launch_weight_gradient.weight_gradient(torch.zeros(1, 1).bfloat16(), torch.zeros(1, 1).bfloat16(), True)
