@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.reports.launches import FREE
 from uniad_fast.models import training_pass
-from uniad_fast.ops import linear, tracing
+from uniad_fast.ops import geometry, linear, packed_heads, tracing
 
 _READ_BACK = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique"}
 _FROM_PYTHON = {"lift_fresh", "lift_fresh_copy", "scalar_tensor"}
@@ -47,8 +47,9 @@ class RecordedGraphs:
         with contextlib.ExitStack() as stack:
             stack.enter_context(patch.object(InterpretedFunction, "run", launch))
             # A recorder is a mode of torch's, under which the ops would be operators.
-            for module in (tracing, linear, training_pass):
+            for module in (tracing, linear, training_pass, geometry, packed_heads):
                 stack.enter_context(patch.object(module, "is_traced", lambda: False))
+            stack.enter_context(patch.object(geometry, "is_captured", lambda: True))
             stack.enter_context(_Recorder(calls))
             found = call()
         torch.set_rng_state(generator)

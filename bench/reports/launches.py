@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from uniad_fast.models import training_pass
 from uniad_fast.models.architecture import Architecture
-from uniad_fast.ops import dispatch, linear, tracing
+from uniad_fast.ops import dispatch, linear, packed_heads, tracing
 from uniad_fast.training import optimization
 from uniad_fast.training.build import build_model
 from uniad_fast.training.recipes import PAPER
@@ -104,7 +104,7 @@ def _stand_ins(launches: Launches) -> Iterator[None]:
         stack.enter_context(patch.object(launch, "whole_sequence_kernel", _Counted(launches)))
         stack.enter_context(patch.object(dispatch, "kernel_problem", lambda *_: None))
         # Counting is a mode of torch's, under which the ops would be operators.
-        for module in (tracing, linear, training_pass):
+        for module in (tracing, linear, training_pass, packed_heads):
             stack.enter_context(patch.object(module, "is_traced", lambda: False))
         yield
 

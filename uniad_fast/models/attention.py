@@ -7,6 +7,7 @@ from ..ops.dispatch import check_impl
 from ..ops.geometry import Size, Window, size_pair
 from ..ops.linear import linear
 from ..ops.neighbor_masked_attention import neighbor_masked_attention
+from ..ops.packed_heads import in_heads
 from .submodules import apply_linear
 
 
@@ -35,8 +36,7 @@ class Projections(nn.Module):
 
         Each is split in heads: [B, heads, N, head_dim], a view of one product.
         """
-        projected = linear(tokens, *self.in_proj(first, last), impl)
-        return [self.split_heads(part) for part in projected.chunk(last - first, dim=-1)]
+        return in_heads(linear(tokens, *self.in_proj(first, last), impl), last - first, self.num_heads)
 
     def in_proj(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the input projections first .. last - 1 of (query, key, value)."""

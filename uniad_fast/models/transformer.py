@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ops.geometry import Size
 from ..ops.linear import linear
+from ..ops.packed_heads import in_heads
 from .attention import NeighborMaskedAttention
 from .layers import DecoderLayer, EncoderLayer, Heads, LayerOptions
 from .plain_decoder import PlainDecoder, PlainDecoderLayer
@@ -133,5 +134,5 @@ class Decoder(nn.Module):
             weights, biases = zip(*(a.in_proj(which, which + 1) for a in attentions.values()), strict=True)
             bias = None if biases[0] is None else torch.cat(biases)
             product = linear(tokens, torch.cat(weights), bias, first.impl)
-            projected.append([first.split_heads(part) for part in product.chunk(len(attentions), dim=-1)])
+            projected.append(in_heads(product, len(attentions), first.num_heads))
         return dict(zip(attentions, zip(*projected, strict=True), strict=True))

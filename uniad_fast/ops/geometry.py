@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, ParamSpec
 import torch
 from torch import Tensor
 
-from .tracing import is_traced
+from .tracing import is_captured, is_traced
 
 Size = tuple[int, int]
 _Arguments = ParamSpec("_Arguments")
@@ -105,14 +105,14 @@ def hidden_keys(window: Window, device: torch.device) -> Tensor:
 
 
 def _kept_outside_of_tracing(make: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tensor]:
-    """`make`, whose last results are kept; under any tracer or mode of torch it is called, and nothing is kept.
+    """`make`, whose last results are kept; under a tracer, mode or graph of torch's it is called, and nothing is kept.
 
-    What it makes there may be a stand-in of the tracer's, of no use afterwards.
+    What it makes there may be a stand-in of the tracer's, or a graph's own, of no use afterwards.
     """
     kept = lru_cache(maxsize=8)(make)
 
     def get(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Tensor:
-        function: Callable[_Arguments, Tensor] = make if is_traced() else kept  # type: ignore[assignment]
+        function: Callable[_Arguments, Tensor] = make if is_traced() or is_captured() else kept  # type: ignore[assignment]
         return function(*args, **kwargs)
 
     return get

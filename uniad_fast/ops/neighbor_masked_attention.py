@@ -80,7 +80,8 @@ def neighbor_masked_attention(
     if without_memory(query, key, value):
         return attention_forward(*arguments, impl)[0]
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return _Attention.apply(*arguments, impl)
+        memory = tuple(getattr(t, "gradient_memory", None) for t in arguments[:3])
+        return _Attention.apply(*arguments, impl, memory)
     return launchers(impl).attention_forward(*arguments)[0]
 
 
@@ -113,7 +114,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Tensor:
-        *ctx.arguments, seed, ctx.impl = arguments
+        *ctx.arguments, seed, ctx.impl, ctx.memory = arguments
         out, stats = launchers(ctx.impl).attention_forward(query, key, value, *ctx.arguments, seed)
         ctx.save_for_backward(query, key, value, out, stats, seed)
         return out
@@ -122,8 +123,11 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, seed = ctx.saved_tensors
-        gradients = launchers(ctx.impl).attention_backward(out_gradient, *tensors, *ctx.arguments, seed)
-        return *gradients, None, None, None, None, None
+        into = [None if place is None else place[0].take(place[1]) for place in ctx.memory]
+        if tensors[0].shape[0] != tensors[1].shape[0]:
+            into[0] = None  # a query for all of the batch, whose gradient is a sum
+        gradients = launchers(ctx.impl).attention_backward_into(out_gradient, *tensors, *ctx.arguments, seed, into)
+        return *gradients, None, None, None, None, None, None
 
 
 # Where tensors may have no memory, under a tracer or a mode of torch's, the launchers are operators that torch knows.
