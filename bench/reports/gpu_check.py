@@ -237,7 +237,7 @@ def graph_checks(device: torch.device) -> Iterator[Check]:
 
     yield "CUDA graph, a seed on the device", with_seed
     yield "CUDA graph, draws anew at each replay", without
-    yield "training, its steps replayed beside called", training_check
+    yield "training, its steps replayed beside called", lambda: training_check(device)
 
 
 def memory_checks(device: torch.device) -> Iterator[Check]:

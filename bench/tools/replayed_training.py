@@ -17,13 +17,13 @@ from uniad_fast.training.reconstruction_loss import ReconstructionLoss
 from uniad_fast.training.run_files import RunFiles
 
 
-def training_check() -> str:
+def training_check(device: torch.device) -> str:
     """Twenty steps with dropout and jitter, captured and not: the same weights, to the bit."""
     recipe = replace(FAST, epochs=10, min_steps=0, batch_size=4, dropout=0.1)
 
     def trained(graph: bool) -> tuple[list[Tensor], float]:
         torch.manual_seed(0)
-        net = build_model(24, 16, (7, 9), recipe, "triton").cuda()
+        net = build_model(24, 16, (7, 9), recipe, "triton").to(device)
         own = torch.zeros(24), torch.ones(24), optimization.loss(recipe), recipe.precision
         start, tokens = time.perf_counter(), np.random.default_rng(0).normal(size=(8, 63, 24)).astype(np.float32)
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
