@@ -69,7 +69,7 @@ def test_batches_on_a_device_are_the_batches(resident, monkeypatch):
     monkeypatch.setattr(device_batches, "_resident", uploaded if resident else lambda *_: None)
     monkeypatch.setattr(device_batches, "_UPLOADED_AT_A_TIME", 4 * TOKENS[0].nbytes)
     for part in ((0, 1), (1, 3)):
-        ours = DeviceBatches(Batches(TOKENS, 7, seed=1, part=part), DEVICE)
+        ours = DeviceBatches(Batches(TOKENS, 7, seed=1, part=part), DEVICE, 9)
         theirs = Batches(TOKENS, 7, seed=1, part=part)
         assert ours.are_resident == resident
         for step in (*range(9), 2):
@@ -82,7 +82,7 @@ def test_batches_on_a_device_are_the_batches(resident, monkeypatch):
 @pytest.mark.parametrize(("share_of_memory", "resident"), [(0.4, True), (0.0, False)])
 def test_features_are_on_a_gpu_where_they_fit(share_of_memory, resident, monkeypatch):
     monkeypatch.setattr(device_batches, "_SHARE", share_of_memory)
-    assert DeviceBatches(Batches(TOKENS, 7, seed=1), DEVICE).are_resident == resident
+    assert DeviceBatches(Batches(TOKENS, 7, seed=1), DEVICE, 9).are_resident == resident
 
 
 def test_an_upload_ends_where_a_signal_asked_for_it():

@@ -76,18 +76,31 @@ def test_another_optimizer_and_places_that_do_not_count(tmp_path, monkeypatch):
     assert graphs.replayed
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_capture_that_fails_leaves_the_device_as_it_was(tmp_path, monkeypatch):
+    by_steps = trained(tmp_path / "steps", None, monkeypatch)
+    stream, forward = torch.cuda.current_stream(), ReconstructionLoss.forward
+    monkeypatch.setattr(loop, "_graphs", loop.CudaGraphs)
+    monkeypatch.setattr(ReconstructionLoss, "forward", lambda *a: (loss := forward(*a), loss.item())[0])
+    with pytest.warns(UserWarning, match="no CUDA graph"):
+        called = trained(tmp_path / "graph", None, monkeypatch)
+    assert_same(called, by_steps)
+    assert torch.cuda.current_stream() == stream
+
+
 class Net:
     """A step of one weight; with what must not be in one."""
 
     def __init__(self, reads_back=False):
         self.weight, self.reads_back = nn.Parameter(torch.tensor([2.0])), reads_back
-        self.calls = 0
+        self.calls, self.frozen = 0, False
 
     def __call__(self, tokens):
         self.calls += 1
         self.weight.grad = None
         loss = (self.weight * tokens.square()).sum() * (self.calls if self.reads_back is None else 1)
-        loss.backward()
+        if not self.frozen:
+            loss.backward()
         if self.reads_back and loss.item() > 1e9:
             raise ValueError("never")
         return loss.detach().reshape(1)
@@ -115,6 +128,24 @@ def test_a_batch_of_another_shape_goes_beside_the_graph():
     step, found = stepped(net, [*BATCHES[:5], short, *BATCHES[5:]])
     assert net.calls == 5 and found[5][0].item() == 2 * 27 and found[5][1].item() == 27
     assert found[6][1].item() == BATCHES[5].square().sum() and net.weight.grad.item() == BATCHES[7].square().sum()
+
+
+@pytest.mark.parametrize("change", ["moved", "frozen"])
+def test_a_graph_is_dropped_where_its_parameters_are_others(change):
+    """And captured anew, after some calls."""
+    net = Net()
+    step = CapturedStep(net, [net.weight], RecordedGraphs())
+    for tokens in BATCHES[:5]:
+        step(tokens)
+    calls = net.calls
+    if change == "moved":
+        net.weight.data = torch.tensor([5.0])
+    else:
+        net.weight.requires_grad_(False)
+        net.frozen = True
+    for tokens in BATCHES[:6]:
+        assert step(tokens).item() == (5 if change == "moved" else 2) * tokens.square().sum()
+    assert net.calls == calls + 4 and step.is_captured
 
 
 def test_what_reads_back_goes_step_by_step_and_says_so_once():

@@ -100,6 +100,22 @@ def test_another_dtype_of_autocast_or_none_is_torchs(monkeypatch):
     assert linear(*tensors, None).dtype == torch.float32
 
 
+@needs_tiles
+def test_another_dtype_is_refused_by_the_kernel():
+    with pytest.raises(ValueError, match="bfloat16, got torch.float32 and torch.bfloat16"):
+        launch_weight_gradient.weight_gradient(torch.zeros(2, 3), torch.zeros(2, 4).bfloat16(), True)
+
+
+@needs_tiles
+def test_a_backward_pass_inside_another_autocast():
+    tensors = [torch.randn(5, 20).requires_grad_(), torch.full((11, 20), 100.0).requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear(*tensors, None, None)
+    with torch.autocast("cpu", torch.float16):
+        out.backward(torch.full_like(out, 1000.0))  # products beyond what float16 holds
+    assert tensors[0].grad.isfinite().all() and tensors[0].grad.max() > 1e6
+
+
 @pytest.mark.skipif(HAS_TILES, reason="they are there")
 def test_without_tiles_the_kernel_says_so():
     if build.problem() is not None:

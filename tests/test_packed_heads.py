@@ -111,6 +111,19 @@ def test_a_query_for_the_whole_batch(joins):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_a_gradient_that_is_differentiated_again(impl):
+    """The kernels can't be, and say so; the definition can."""
+    whole = projected()
+    out = attend(*in_heads(whole, 3, HEADS), impl)
+    (gradient,) = torch.autograd.grad(out.square().sum(), whole, create_graph=True)
+    if impl == "reference":
+        assert torch.autograd.grad(gradient.square().sum(), whole)[0].any()
+        return
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (out.sum() + gradient.square().sum()).backward()
+
+
 def test_memory_is_given_out_once():
     memory = GradientMemory(projected(), 3, HEADS)
     assert memory.take(1) is not None and memory.take(1) is None and memory.take(0) is not None

@@ -91,6 +91,20 @@ def test_nothing_is_measured_in_every_run_where_nothing_can_be_kept(tmp_path, mo
 
 
 @pytest.mark.skipif(not products.has_onednn(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"], ids=str)
+def test_what_is_measured_is_float32_on_a_cpu_whatever_the_default(default, monkeypatch):
+    made = []
+    monkeypatch.setattr(products, "_ratio", lambda ours, theirs: made.extend((ours(), theirs())) or 1.0)
+    kind, put = ("device", torch.set_default_device) if default == "meta" else ("dtype", torch.set_default_dtype)
+    put(default)
+    try:
+        products._measured()
+    finally:
+        put(None if kind == "device" else torch.float32)
+    assert len(made) == 6 and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in made)
+
+
+@pytest.mark.skipif(not products.has_onednn(), reason="this torch has no oneDNN")
 def test_the_faster_one_is_measured_and_touches_no_generator(folder, monkeypatch):
     before = torch.get_rng_state()
     found = products._measured()

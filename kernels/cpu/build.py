@@ -104,7 +104,8 @@ def remembered(name: str, find: Callable[[], dict[str, float]]) -> dict[str, flo
         path = _folder() / f"{name}-{made_of.hexdigest()[:20]}.json"
         if (found := _numbers(path)) is not None:
             return found
-        path.unlink(missing_ok=True)  # it is damaged
+        if path.exists() and _numbers(path) is None:
+            path.unlink(missing_ok=True)  # it is damaged
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"building-{os.getpid()}-", dir=path.parent) as folder:
             made = Path(folder, path.name)

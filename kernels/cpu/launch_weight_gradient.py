@@ -29,13 +29,16 @@ def weight_gradient(tokens: Tensor, gradient: Tensor, with_bias: bool) -> tuple[
 
     Raises:
         RuntimeError: this process has no tiles.
+        ValueError: a tensor is in another dtype.
     """
+    if tokens.dtype != torch.bfloat16 or gradient.dtype != torch.bfloat16:
+        raise ValueError(f"tokens and gradient must be in bfloat16, got {tokens.dtype} and {gradient.dtype}")
     if not has_tiles():  # asking is what makes the system give them
         raise RuntimeError("the kernel for a weight's gradient needs AMX, which this process does not have")
     tokens, gradient = unit_last_stride(tokens), unit_last_stride(gradient)
     (rows, ins), outs = tokens.shape, gradient.shape[1]
-    weight = torch.empty(outs, ins, dtype=torch.float32)
-    bias = torch.empty(outs, dtype=torch.float32) if with_bias else None
+    weight = torch.empty(outs, ins, dtype=torch.float32, device="cpu")
+    bias = torch.empty(outs, dtype=torch.float32, device="cpu") if with_bias else None
     load().uniad_weight_gradient(
         ctypes.byref(_Layer(rows, ins, outs, tokens.stride(0), gradient.stride(0))),
         *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (tokens, gradient, weight, bias)),

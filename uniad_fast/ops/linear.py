@@ -89,7 +89,8 @@ class _LinearInTiles(torch.autograd.Function):
 
         rows, weight = ctx.saved_tensors
         with_rows, with_weight, with_bias = ctx.needs_input_grad
-        rows_gradient = torch.mm(out_gradient, weight) if with_rows else None
+        with torch.autocast("cpu", enabled=False):  # a backward pass may be called inside
+            rows_gradient = torch.mm(out_gradient, weight) if with_rows else None
         weight_gradient, bias_gradient = None, None
         if with_weight:
             weight_gradient, bias_gradient = launch_weight_gradient.weight_gradient(rows, out_gradient, with_bias)

@@ -14,7 +14,10 @@ from .tracing import is_traced
 
 
 class GradientMemory:
-    """Memory for the gradients of all parts of a projection [B, N, parts * C], one backward pass after the other."""
+    """Memory for the gradients of all parts of a projection [B, N, parts * C], one backward pass after the other.
+
+    So the gradient of a part and that of the projection, where somebody asks for both, share memory.
+    """
 
     def __init__(self, projected: Tensor, parts: int, heads: int) -> None:
         self._shape, self._dtype, self._device = projected.shape, projected.dtype, projected.device
@@ -34,7 +37,8 @@ class GradientMemory:
     def joined(self, gradients: tuple[Tensor, ...]) -> Tensor:
         """The gradients of all parts as one, [B, N, parts * C]: as they lie, if they all lie here."""
         memory, self._memory, self._taken = self._memory, None, set()
-        if memory is not None:
+        # Gradients that are differentiated again say so themselves, or that they can't be.
+        if memory is not None and not any(gradient.requires_grad for gradient in gradients):
             places = views_of(memory, self._parts, self._heads)
             if all(_is_at(*pair) for pair in zip(gradients, places, strict=True)):
                 return memory

@@ -48,8 +48,8 @@ def by_onednn() -> frozenset[str]:
 def _measured() -> dict[str, float]:
     """How many times as fast as torch's own oneDNN is, by kind."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        rows, weight = torch.ones(_ROWS, _INS), torch.ones(_OUTS, _INS)
-        bias, gradient = torch.ones(_OUTS), torch.ones(_ROWS, _OUTS)
+        shapes = ((_ROWS, _INS), (_OUTS, _INS), (_OUTS,), (_ROWS, _OUTS))
+        rows, weight, bias, gradient = (torch.ones(s, dtype=torch.float32, device="cpu") for s in shapes)
         ways: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
             KINDS[0]: (lambda: onednn(rows, weight, bias), lambda: torch.addmm(bias, rows, weight.t())),
             KINDS[1]: (lambda: onednn(gradient, weight.t(), None), lambda: gradient @ weight),

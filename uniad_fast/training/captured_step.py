@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors import UniadFastError
+
 Step = Callable[[Tensor], Tensor]
 """Tokens [b, N, C] on the device -> a few numbers there; gradients are in the parameters afterwards."""
 _FIRST_CALLS = 3
@@ -49,10 +51,34 @@ class CudaGraphs:
         return found
 
     def capture(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
-            found = call()
+        graph, generator = torch.cuda.CUDAGraph(), torch.cuda.get_rng_state(self._device)
+        try:
+            # A capture that fails leaves its stream the current one. Other threads may use the device meanwhile.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                found = call()
+        except RuntimeError as error:
+            self._go_on_after(error, generator)
+            raise
         return graph.replay, found
+
+    def _go_on_after(self, failure: RuntimeError, generator: Tensor) -> None:
+        """The device and its generator as before a capture that failed.
+
+        Raises:
+            UniadFastError: they can't be had again in this process.
+        """
+        try:
+            torch.cuda.synchronize(self._device)
+            torch.rand(1, device=self._device)  # which some releases of torch refuse from then on
+            torch.cuda.set_rng_state(generator, self._device)
+        except RuntimeError as error:
+            raise UniadFastError(
+                f"the training step can't be captured as a CUDA graph ({first_line(failure)}), and torch can't go on "
+                f"after it ({first_line(error)}): set UNIAD_FAST_CUDA_GRAPH=0 to train without"
+            ) from failure
 
 
 class CapturedStep:
@@ -74,6 +100,7 @@ class CapturedStep:
         self._replay: Callable[[], None] | None = None
         self._found: Tensor | None = None
         self._gradients: list[Tensor | None] = []
+        self._places: list[tuple[int, bool]] = []
         self._refused = False
 
     @property
@@ -85,6 +112,8 @@ class CapturedStep:
         self._shape = self._shape or tokens.shape
         if self._refused or tokens.shape != self._shape:
             return self._step(tokens)
+        if self._replay is not None and self._places != self._where():
+            self._replay, self._calls = None, 0  # somebody has moved parameters, or frozen some
         if self._calls < _FIRST_CALLS:
             self._calls += 1
             return self._graphs.beside(lambda: self._step(tokens))
@@ -103,9 +132,20 @@ class CapturedStep:
             replay, found = self._graphs.capture(lambda: self._step(static))
         except RuntimeError as error:
             self._refused = True
-            first = (str(error).splitlines() or [""])[0]
-            warnings.warn(f"the training step is no CUDA graph, and waits for Python: {first}", stacklevel=2)
+            warnings.warn(
+                f"the training step is no CUDA graph, and waits for Python: {first_line(error)}", stacklevel=2
+            )
             return False
         self._tokens, self._replay, self._found = static, replay, found
         self._gradients = [parameter.grad for parameter in self._parameters]
+        self._places = self._where()
         return True
+
+    def _where(self) -> list[tuple[int, bool]]:
+        """Of each parameter, where it lies and whether it is trained, which a graph holds still."""
+        return [(parameter.data_ptr(), parameter.requires_grad) for parameter in self._parameters]
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of what it says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

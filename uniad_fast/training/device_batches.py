@@ -18,10 +18,10 @@ _UPLOADED_AT_A_TIME = 64 << 20  # bytes
 
 
 class DeviceBatches:
-    """Like the `Batches` that it reads from, their tokens on `device`."""
+    """Like the `Batches` that it reads from, their tokens on `device`; none is sent ahead beyond `steps`."""
 
-    def __init__(self, batches: Batches, device: torch.device) -> None:
-        self._batches, self._device = batches, device
+    def __init__(self, batches: Batches, device: torch.device, steps: int) -> None:
+        self._batches, self._device, self._steps = batches, device, steps
         self._resident = _resident(batches.tokens, device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._sent: tuple[int, Batch, Any] | None = None
@@ -42,7 +42,7 @@ class DeviceBatches:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(arrived)
             batch.tokens.record_stream(current)
-        self._sent = None if self._stream is None else self._send(step + 1)
+        self._sent = None if self._stream is None or step + 1 >= self._steps else self._send(step + 1)
         return batch
 
     def _send(self, step: int) -> tuple[int, Batch, Any]:
@@ -58,7 +58,7 @@ def _resident(tokens: TokenRows, device: torch.device) -> Tensor | None:
     """All of [images, N, C] in float32 on a GPU; None where there is none, or no room."""
     if device.type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if int(np.prod(tokens.shape)) * 4 > _SHARE * free:
         return None
     return uploaded(tokens, device)
@@ -66,7 +66,7 @@ def _resident(tokens: TokenRows, device: torch.device) -> Tensor | None:
 
 def uploaded(tokens: TokenRows, device: torch.device) -> Tensor:
     """Tokens [images, N, C] in float32 on a device, sent some at a time; `Stopped` where a signal asked for it."""
-    found = torch.empty(tokens.shape, device=device)
+    found = torch.empty(tokens.shape, dtype=torch.float32, device=device)
     at_a_time = max(1, _UPLOADED_AT_A_TIME // max(1, found[:1].nbytes))
     for start in range(0, len(tokens), at_a_time):
         stop_if_asked()

@@ -7,6 +7,7 @@ batch, and their gradients are averaged. What they learn is what one process lea
 import contextlib
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -83,7 +84,11 @@ def train(
         batches = Batches(
             tokens, recipe.batch_size, seed, together.part, classes if recipe.sampling == "balanced" else None
         )
-        return _Run(criterion, batches, recipe, seed, files).go(validation, after_epoch)
+        run = _Run(criterion, batches, recipe, seed, files)
+        try:
+            return run.go(validation, after_epoch)
+        finally:
+            run.release()
 
 
 class _Run:
@@ -117,7 +122,7 @@ class _Run:
         self.asked = False
         self.watches = self.together.from_first(lambda: bool(recipe.patience) or self.log.has_events)
         device = criterion.mean.device
-        self.on_device = DeviceBatches(batches, device)
+        self.on_device: DeviceBatches | None = DeviceBatches(batches, device, self.total)
         self.module: nn.Module = criterion
         if self.together.count > 1:
             self.module = nn.parallel.DistributedDataParallel(criterion)
@@ -151,7 +156,12 @@ class _Run:
         self.criterion.eval()
         return self.step // self.steps_per_epoch
 
+    def release(self) -> None:
+        """Let go of what a GPU holds for the training, at once: the graph's calls would keep it alive for a while."""
+        self.captured = self.on_device = None
+
     def _take_step(self, epoch: int) -> None:
+        assert self.on_device is not None
         batch = self.on_device.at(self.step)
         if self.together.count == 1:
             step = self._step_alone if self.captured is None else self.captured
@@ -208,7 +218,8 @@ class _Run:
 
 def _graphs(device: torch.device) -> Graphs | None:
     """Who captures steps on this device, if anybody does."""
-    return CudaGraphs(device) if device.type == "cuda" else None
+    wanted = device.type == "cuda" and os.environ.get("UNIAD_FAST_CUDA_GRAPH") != "0"
+    return CudaGraphs(device) if wanted else None
 
 
 def _identity(run: dict[str, Any], recipe: Recipe, seed: int, batches: Batches, device: torch.device) -> dict[str, Any]:
