@@ -126,7 +126,11 @@ class _Attention(torch.autograd.Function):
         into = [None if place is None else place[0].take(place[1]) for place in ctx.memory]
         if tensors[0].shape[0] != tensors[1].shape[0]:
             into[0] = None  # a query for all of the batch, whose gradient is a sum
-        gradients = launchers(ctx.impl).attention_backward_into(out_gradient, *tensors, *ctx.arguments, seed, into)
+        own, arguments = launchers(ctx.impl), (out_gradient, *tensors, *ctx.arguments, seed)
+        if any(place is not None for place in into):
+            gradients = own.attention_backward_into(*arguments, into)
+        else:
+            gradients = own.attention_backward(*arguments)
         return *gradients, None, None, None, None, None, None
 
 
