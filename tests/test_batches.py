@@ -85,9 +85,9 @@ def test_features_are_on_a_gpu_where_they_fit(share_of_memory, resident, monkeyp
     assert DeviceBatches(Batches(TOKENS, 7, seed=1), DEVICE, 9).are_resident == resident
 
 
-def test_an_upload_ends_where_a_signal_asked_for_it():
-    with signals.noted(), pytest.raises(signals.Stopped):
-        signal.raise_signal(signal.SIGHUP)
+def test_an_upload_ends_where_a_signal_asked_for_it(monkeypatch):
+    monkeypatch.setattr(signals, "_asked", [signal.SIGTERM])
+    with pytest.raises(signals.Stopped, match="stopped by SIGTERM"):
         uploaded(TOKENS, DEVICE)
 
 
