@@ -114,6 +114,14 @@ def stepped(net, batches):
 BATCHES = [torch.full((2, 3), float(value)) for value in range(1, 9)]
 
 
+def test_who_captures(monkeypatch):
+    assert loop._graphs(torch.device("cpu")) is None
+    monkeypatch.setattr(loop, "CudaGraphs", lambda device: device)
+    assert loop._graphs(torch.device("cuda")) == torch.device("cuda")
+    monkeypatch.setenv("UNIAD_FAST_CUDA_GRAPH", "0")
+    assert loop._graphs(torch.device("cuda")) is None
+
+
 def test_a_step_is_called_three_times_and_captured_once():
     net = Net()
     step, found = stepped(net, BATCHES)

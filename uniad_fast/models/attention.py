@@ -43,10 +43,6 @@ class Projections(nn.Module):
         rows = slice(first * self.embed_dim, last * self.embed_dim)
         return self.in_proj_weight[rows], None if self.in_proj_bias is None else self.in_proj_bias[rows]
 
-    def split_heads(self, projected: Tensor) -> Tensor:
-        """[B, N, embed_dim] -> [B, heads, N, head_dim], a view."""
-        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
     def merge_heads(self, out: Tensor, impl: str | None) -> Tensor:
         """[B, heads, N, head_dim] -> output projection, [B, N, embed_dim]."""
         return apply_linear(self.out_proj, out.transpose(1, 2).flatten(2), impl)
