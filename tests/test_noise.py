@@ -149,7 +149,8 @@ def _gradients(call: Callable[..., Tensor], x: Tensor, seed: object, impl: str) 
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 def test_parts_have_the_noise_of_the_whole(call, impl):
     device = device_of(impl)
-    x = torch.randn(BATCH, GRID[0] * GRID[1], WIDTH, generator=torch.Generator().manual_seed(0)).to(device)
+    shape, generator = (BATCH, GRID[0] * GRID[1], WIDTH), torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, device="cpu").to(device)
     out, gradient = _gradients(call, x, KEY, impl)
     for begin, end in PARTS:
         seed = torch.tensor([KEY, begin], device=device)

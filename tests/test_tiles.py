@@ -2,12 +2,16 @@
 
 import pytest
 import torch
-from triton_cases import assert_agree, attention_inputs, run
+from triton_cases import DEVICE, assert_agree, attention_inputs, run
 
 pytest.importorskip("triton")
 from uniad_fast.kernels.gpu import launch, tiles  # noqa: E402
 
-ALL_TILES = sorted({*tiles.ATTENTION.values(), *tiles.ATTENTION_AMD.values()}, key=repr)
+TABLES = (tiles.ATTENTION, tiles.ATTENTION_HOPPER, tiles.ATTENTION_BLACKWELL, tiles.ATTENTION_AMD)
+WHOLE = [tiles.TileConfig(*t, 1, whole=True) for t in ((64, 256, 4), (128, 256, 8), (64, 128, 4))]
+ALL_TILES = sorted({tile for table in TABLES for tile in table.values()}, key=repr)
+if DEVICE.type == "cpu":  # Triton's interpreter knows no warps, stages or precisions
+    ALL_TILES = list({(tile.block_m, tile.block_n): tile for tile in ALL_TILES}.values())
 
 
 @pytest.mark.parametrize("tile", ALL_TILES, ids=lambda t: f"{t.block_m}x{t.block_n}x{t.num_warps}")
@@ -23,22 +27,59 @@ def test_every_tile_runs(tile, monkeypatch):
 @pytest.mark.parametrize(
     ("feature_size", "neighbor_size"), [((14, 14), (7, 7)), ((2, 65), (1, 129)), ((5, 13), (9, 25)), ((16, 16), None)]
 )
-@pytest.mark.parametrize("p", [0.0, 0.2])
-def test_whole_sequences(feature_size, neighbor_size, p, monkeypatch):
+@pytest.mark.parametrize(("p", "tile"), [(0.0, WHOLE[0]), (0.2, WHOLE[0]), (0.2, WHOLE[1])])
+def test_whole_sequences(feature_size, neighbor_size, p, tile, monkeypatch):
     """One program a head. float32 is too wide for it on a chip; here it holds outputs, and gradients from its sums."""
-    monkeypatch.setattr(launch, "whole_sequence_tile", lambda *_: tiles.TileConfig(64, 256, 4, 1, whole=True))
+    monkeypatch.setattr(launch, "whole_sequence_tile", lambda *_: tile)
+    monkeypatch.setattr(launch, "attention_tile", lambda *_: tiles.TileConfig(64, 64, 4, 1))
     tensors = attention_inputs(feature_size, batch=2, heads=1, query_batch=1)
     ours = run(tensors, feature_size, neighbor_size, "triton", p=p, seed=5)
     assert_agree(tensors, ours, feature_size, neighbor_size, p=p, seed=5)
 
 
 def test_whole_sequences_serve_what_fits():
-    assert tiles.whole_sequence_tile(196, 2, 32, blackwell=False) == tiles.TileConfig(64, 256, 4, 1, whole=True)
-    assert tiles.whole_sequence_tile(100, 2, 16, blackwell=False).block_n == 128
-    for tokens, element_size, head_dim, blackwell in (
-        (64, 2, 32, False), (257, 2, 32, False), (196, 4, 32, False), (196, 2, 64, False), (196, 2, 32, True),
+    chosen = tiles.whole_sequence_tile
+    assert chosen(196, 2, 32, True, "sm_90") == chosen(256, 2, 32, False, "gfx942") == WHOLE[0]
+    assert chosen(196, 2, 32, False, "sm_80") == chosen(256, 2, 32, True, "sm_86") == WHOLE[1]
+    assert chosen(100, 2, 16, True, "sm_80") == WHOLE[2]
+    assert chosen(256, 2, 32, False, "sm_89") is None
+    for tokens, element_size, head_dim, chip in (
+        (64, 2, 32, "sm_90"), (257, 2, 32, "sm_90"), (196, 4, 32, "sm_80"), (196, 2, 64, "gfx942"),
+        (196, 2, 32, "sm_100"), (196, 2, 32, "sm_103"), (196, 2, 32, "sm_120"),
     ):  # fmt: skip
-        assert tiles.whole_sequence_tile(tokens, element_size, head_dim, blackwell) is None
+        assert chosen(tokens, element_size, head_dim, True, chip) is None
+
+
+def test_each_chip_has_its_own_tiles():
+    """Products by four warps, with accumulators of their own, and by waves of 64; others are as Ampere's."""
+    kernels = "query_gradient_kernel", "key_value_gradient_kernel"
+    expected = {
+        "sm_80": ((64, 16, 4), (16, 16, 2)), "sm_90": ((64, 16, 4), (16, 64, 4)), "sm_100": ((64, 32, 8), (16, 64, 4)),
+        "sm_103": ((64, 32, 8), (16, 64, 4)), "gfx942": ((64, 32, 8), (16, 16, 4)),
+    }  # fmt: skip
+    expected |= dict.fromkeys(("sm_75", "sm_86", "sm_89", "sm_120", ""), expected["sm_80"])
+    for chip, shapes in expected.items():
+        for kernel, shape in zip(kernels, shapes, strict=True):
+            tile = tiles.attention_tile(kernel, 4, 32, chip)
+            assert (tile.block_m, tile.block_n, tile.num_warps) == shape, (chip, kernel)
+
+
+def test_a_chip_is_known_by_its_capability(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 3))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert tiles.chip_of(torch.device("cuda", 1)) == "sm_103" and tiles.chip_of(torch.device("cpu")) == ""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert tiles.chip_of(torch.device("cuda", 1)) == "gfx"
+
+
+def test_tokens_too_far_apart_for_a_tiles_offsets_are_copied(monkeypatch):
+    tensors = attention_inputs((5, 13), batch=1, heads=1)
+    expected = run(tensors, (5, 13), (3, 3), "triton", p=0.2, seed=5)
+    monkeypatch.setattr(launch, "_FURTHEST", 7)  # as if 32 bits ended there
+    copies = [launch._readable(t.detach()) for t in tensors]
+    assert all(c.data_ptr() != t.data_ptr() and torch.equal(c, t) for c, t in zip(copies, tensors, strict=True))
+    ours = run(tensors, (5, 13), (3, 3), "triton", p=0.2, seed=5)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 WHOLE_GRADIENTS = [tiles.TileConfig(64, 64, 4, 1), tiles.TileConfig(64, 32, 4, 1), tiles.TileConfig(128, 64, 8, 1)]
@@ -109,11 +150,17 @@ def test_the_backward_kernel_that_is_chosen_is_the_one_that_runs(dtype, grid, un
 
 def test_gradients_of_whole_sequences_serve_what_fits():
     chosen = tiles.whole_sequence_gradient_tile
-    assert chosen(196, 2, 32, warpgroups=True) == tiles.TileConfig(128, 64, 8, 1, whole=True)
-    assert chosen(196, 2, 32, warpgroups=False) == tiles.TileConfig(64, 64, 4, 1, whole=True)
-    assert chosen(256, 2, 32, warpgroups=False) == tiles.TileConfig(64, 32, 4, 1, whole=True)
+    eight, four, narrow = (tiles.TileConfig(*t, 1, whole=True) for t in ((128, 64, 8), (64, 64, 4), (64, 32, 4)))
+    expected = {
+        eight: [("sm_86", 256), ("sm_89", 196), ("sm_90", 225), ("sm_100", 144), ("sm_100", 196), ("sm_103", 256)],
+        four: [("sm_80", 196), ("gfx942", 196), ("", 196)],
+        narrow: [("sm_80", 256), ("sm_100", 225), ("sm_120", 196)],
+    }
+    for tile, cases in expected.items():
+        for chip, tokens in cases:
+            assert chosen(tokens, 2, 32, chip) == tile, (chip, tokens)
     for tokens, element_size, head_dim in ((64, 2, 32), (257, 2, 32), (196, 4, 32), (196, 2, 64)):
-        assert chosen(tokens, element_size, head_dim, warpgroups=False) is None
+        assert chosen(tokens, element_size, head_dim, "sm_90") is None
 
 
 @pytest.fixture

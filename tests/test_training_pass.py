@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from op_cases import device_of
 from torch import nn
 from torch.nn.utils import parametrize
 
+from bench.tools.seeds import drawn_singly
 from uniad_fast import UniAD
 from uniad_fast.models import training_function, training_pass, uniad
 from uniad_fast.ops import noise
@@ -95,9 +97,12 @@ def test_numbers_are_the_definitions(options, bfloat16, taken, by_layers):
 
 def test_a_step_of_the_triton_kernels(taken):
     pytest.importorskip("triton")
-    small = dict(num_encoder_layers=1, num_decoder_layers=2)
-    x = tokens(2)
-    ours, truth = step(build(**small, impl="triton"), x), step(build(**small, impl="reference").double(), x.double())
+    small, device = dict(num_encoder_layers=1, num_decoder_layers=2), device_of("triton")
+    ours, truth = (build(**small, impl=impl).to(device) for impl in ("triton", "reference"))
+    x = tokens(2).to(device)
+    with drawn_singly():
+        ours = step(ours, x)
+    truth = step(truth.double(), x.double())
     assert taken
     for mine, true in zip(ours, truth, strict=True):
         torch.testing.assert_close(mine, true.float(), rtol=1e-3, atol=1e-4 * true.abs().max().item())

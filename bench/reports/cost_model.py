@@ -140,15 +140,14 @@ def dense_mask(case: AttentionCase, machine: Machine, backward: bool) -> Predict
 
 def shipped(case: AttentionCase, machine: Machine) -> dict[str, TileConfig]:
     """The tile of each kernel that serves the case on that machine."""
-    amd, blackwell = machine.chip == "gfx942", machine.chip == "sm_100"
     chosen = {
-        kernel: attention_tile(kernel, 2, case.head_dim, amd)
+        kernel: attention_tile(kernel, 2, case.head_dim, machine.chip)
         for kernel in ("forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel")
     }
-    if whole := whole_sequence_tile(case.tokens, 2, case.head_dim, blackwell):
+    if whole := whole_sequence_tile(case.tokens, 2, case.head_dim, True, machine.chip):
         del chosen["forward_kernel"]
         chosen = {"whole_sequence_kernel": whole} | chosen
-    if whole := whole_sequence_gradient_tile(case.tokens, 2, case.head_dim, machine.chip in ("sm_90", "sm_100")):
+    if whole := whole_sequence_gradient_tile(case.tokens, 2, case.head_dim, machine.chip):
         # The two that it replaces stay in the table, to be compared with.
         chosen["whole_sequence_gradient_kernel"] = whole
     return chosen

@@ -110,18 +110,19 @@ class Result:
 def attention_builds(
     chip: Chip, dtypes: tuple[str, ...], head_dims: tuple[int, ...], dropout: tuple[bool, ...], variant: str = "plain"
 ) -> list[Build]:
-    """Every attention kernel shipped for the chip, for these dtypes and head widths."""
+    """Every attention kernel that a launch may choose on the chip, for these dtypes and head widths."""
     fields = VARIANTS[variant]
     height, width = fields.get("feature_size", Build.feature_size)
-    amd = chip.target.backend == "hip"
     builds = []
     for dtype, head_dim in product(dtypes, head_dims):
-        chosen = {kernel: tiles.attention_tile(kernel, DTYPES[dtype], head_dim, amd) for kernel in ATTENTION_KERNELS}
-        blackwell = chip.name in ("sm_100", "sm_120")
-        if whole := tiles.whole_sequence_tile(height * width, DTYPES[dtype], head_dim, blackwell):
+        size = DTYPES[dtype]
+        chosen = {kernel: tiles.attention_tile(kernel, size, head_dim, chip.name) for kernel in ATTENTION_KERNELS}
+        windowed = min(fields.get("radius", Build.radius)) >= 0
+        if whole := tiles.whole_sequence_tile(height * width, size, head_dim, windowed, chip.name):
             chosen["whole_sequence_kernel"] = whole
-        warpgroups = chip.name in ("sm_90", "sm_100")
-        if whole := tiles.whole_sequence_gradient_tile(196, DTYPES[dtype], head_dim, warpgroups):
+        # Launches have it for aligned tensors with strides of 32 bits alone.
+        simple = fields.get("aligned", True) and not fields.get("long_strides", False)
+        if simple and (whole := tiles.whole_sequence_gradient_tile(height * width, size, head_dim, chip.name)):
             chosen["whole_sequence_gradient_kernel"] = whole
         builds += [
             Build("attention", kernel, dtype, head_dim, drop, tile, **fields)

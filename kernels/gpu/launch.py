@@ -23,6 +23,7 @@ from .tiles import (
     JITTER,
     TileConfig,
     attention_tile,
+    chip_of,
     dot_precision,
     skipping_pays,
     whole_sequence_gradient_tile,
@@ -48,6 +49,8 @@ INTERPRETED = not isinstance(attention.forward_kernel, triton.JITFunction)
 """Whether Triton's interpreter runs the kernels, on CPU tensors."""
 
 _PROGRAMS = 256
+_FURTHEST = (2**31 - 1) // 256
+"""Elements between a token and the next, at most: no tile has more than 256 tokens."""
 
 
 def attention_forward(
@@ -62,9 +65,10 @@ def attention_forward(
     stats = torch.empty(batch * heads, 2, tokens, dtype=torch.float32, device=key.device)
     if out.numel() == 0:
         return out, stats
-    whole = whole_sequence_tile(tokens, key.element_size(), head_dim, _compute_capability(key.device) >= 10)
-    tile = whole or attention_tile("forward_kernel", key.element_size(), head_dim)
-    query, key, value = (unit_last_stride(t) for t in (query, key, value))
+    chip = chip_of(key.device)
+    whole = whole_sequence_tile(tokens, key.element_size(), head_dim, min(window[2:]) >= 0, chip)
+    tile = whole or attention_tile("forward_kernel", key.element_size(), head_dim, chip)
+    query, key, value = (_readable(t) for t in (query, key, value))
     geometry = _geometry(window, head_dim, tile, transposed=False)
     kernel, programs = attention.forward_kernel, batch * heads * ceil_div(tokens, tile.block_m)
     if tile.whole:
@@ -109,7 +113,7 @@ def attention_backward_into(
     query_gradient = like_tokens_first(key, torch.float32 if broadcast else key.dtype) if into[0] is None else into[0]
     if key.numel() > 0:
         tensors = {"query": query, "key": key, "value": value, "out": out, "out_gradient": out_gradient}
-        tensors = {name: unit_last_stride(t) for name, t in tensors.items()}
+        tensors = {name: _readable(t) for name, t in tensors.items()}
         stats = contiguous(stats)
         shared = {
             "stats_ptr": stats,
@@ -121,10 +125,9 @@ def attention_backward_into(
             **dropout_arguments(dropout_p),
             "DROPOUT": dropout_p > 0,
         }
-        warpgroups = _compute_capability(key.device) in (9, 10)
-        whole = whole_sequence_gradient_tile(tokens, key.element_size(), head_dim, warpgroups)
+        whole = whole_sequence_gradient_tile(tokens, key.element_size(), head_dim, chip_of(key.device))
         if not _aligned(*tensors.values()):
-            whole = None  # an address an element: what it holds on the chip would spill
+            whole = None  # an address an element, or one of 64 bits: what it holds on the chip would spill
         launch = partial(_whole_backward, whole) if whole else _blockwise_backward
         with on(key.device):
             launch(tensors, query_gradient, key_gradient, value_gradient, shared, window)
@@ -158,8 +161,9 @@ def _blockwise_backward(
     """Gradients of queries, with delta, by one kernel, then those of keys and values by another."""
     key = tensors["key"]
     batch, heads, tokens, head_dim = key.shape
-    query_tile = attention_tile("query_gradient_kernel", key.element_size(), head_dim)
-    key_tile = attention_tile("key_value_gradient_kernel", key.element_size(), head_dim)
+    chip = chip_of(key.device)
+    query_tile = attention_tile("query_gradient_kernel", key.element_size(), head_dim, chip)
+    key_tile = attention_tile("key_value_gradient_kernel", key.element_size(), head_dim, chip)
     ours = tensors | {"query_gradient": query_gradient}
     attention.query_gradient_kernel[(batch * heads * ceil_div(tokens, query_tile.block_m),)](
         **{f"{name}_ptr": t for name, t in ours.items()},
@@ -304,12 +308,13 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     }
 
 
+def _readable(tensor: Tensor) -> Tensor:
+    """With unit last stride, and tokens near enough for a tile's offsets, which are numbers of 32 bits."""
+    tensor = unit_last_stride(tensor)
+    return tensor if tensor.stride(2) <= _FURTHEST else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _aligned(*tensors: Tensor) -> bool:
-    """Whether Triton finds by looking that memory may be read 16 elements at a time."""
-    return all(t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in t.stride()[:3]) for t in tensors)
-
-
-def _compute_capability(device: torch.device) -> int:
-    """The first number of NVIDIA's, 0 elsewhere."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return torch.cuda.get_device_capability(device)[0] if nvidia else 0
+    """Whether Triton finds by looking that memory may be read 16 elements at a time, by strides of 32 bits."""
+    strides = [stride for t in tensors for stride in t.stride()[:3]]
+    return all(t.data_ptr() % 16 == 0 for t in tensors) and all(s % 16 == 0 and s < 2**31 for s in strides)

@@ -29,7 +29,8 @@ class TileConfig:
 # eight apart, so narrower tiles waste draws; 196 tokens make four blocks of 64. Key gradients hold two accumulators
 # and both orders of the weights, so wide heads get smaller steps; at a width of 32, 64 keys are what `wgmma` wants.
 # float32 dots are three of tf32, whose halves double the operands: the tile shrinks until registers hold it on every
-# chip. For the widest heads' key gradients no tile is small enough, and the ordinary units do them.
+# chip, and the warps until none does another's products again. For the widest heads' key gradients no tile is small
+# enough, and the ordinary units do them.
 ATTENTION = {
     ("forward_kernel", 2, 64): TileConfig(64, 64, 4, 2),
     ("forward_kernel", 2, 128): TileConfig(64, 64, 8, 2),
@@ -39,19 +40,25 @@ ATTENTION = {
     ("query_gradient_kernel", 2, 32): TileConfig(64, 64, 4, 2),
     ("query_gradient_kernel", 2, 64): TileConfig(64, 32, 4, 2),
     ("query_gradient_kernel", 2, 128): TileConfig(32, 64, 8, 1),
-    ("query_gradient_kernel", 4, 32): TileConfig(64, 32, 8, 1),
+    ("query_gradient_kernel", 4, 32): TileConfig(64, 16, 4, 1),
     ("query_gradient_kernel", 4, 64): TileConfig(16, 32, 4, 1),
     ("query_gradient_kernel", 4, 128): TileConfig(16, 16, 4, 1),
     ("key_value_gradient_kernel", 2, 32): TileConfig(64, 64, 4, 1),
     ("key_value_gradient_kernel", 2, 64): TileConfig(64, 32, 4, 2),
     ("key_value_gradient_kernel", 2, 128): TileConfig(32, 64, 8, 1),
-    ("key_value_gradient_kernel", 4, 32): TileConfig(16, 16, 4, 1),
+    ("key_value_gradient_kernel", 4, 32): TileConfig(16, 16, 2, 1),
     ("key_value_gradient_kernel", 4, 64): TileConfig(16, 16, 4, 1),
     ("key_value_gradient_kernel", 4, 128): TileConfig(32, 16, 8, 1, precision="ieee"),
 }
+# Where four warps multiply together, 64 keys make float32's key gradients one product for all of them.
+ATTENTION_HOPPER = ATTENTION | {("key_value_gradient_kernel", 4, 32): TileConfig(16, 64, 4, 1)}
+# Blackwell's accumulators for data centers lie outside the registers, and cost least where there are few steps.
+ATTENTION_BLACKWELL = ATTENTION_HOPPER | {("query_gradient_kernel", 4, 32): TileConfig(64, 32, 8, 1)}
 # AMD's waves are 64 wide, and eight of them leave 256 registers each where four may have 512. With 64 keys the key
 # gradients take one register more than two programs on a multiprocessor may have.
 ATTENTION_AMD = ATTENTION | {
+    ("query_gradient_kernel", 4, 32): TileConfig(64, 32, 8, 1),
+    ("key_value_gradient_kernel", 4, 32): TileConfig(16, 16, 4, 1),
     ("key_value_gradient_kernel", 2, 32): TileConfig(64, 32, 4, 2),
     ("query_gradient_kernel", 2, 128): TileConfig(64, 32, 4, 1),
     ("key_value_gradient_kernel", 2, 128): TileConfig(32, 32, 4, 1),
@@ -70,40 +77,62 @@ JITTER = {
 }
 
 
-def attention_tile(
-    kernel: str, element_size: int, head_dim: int, amd: bool = torch.version.hip is not None
-) -> TileConfig:
-    """The tile of that kernel for elements of so many bytes and heads of that width."""
-    table = ATTENTION_AMD if amd else ATTENTION
+def attention_tile(kernel: str, element_size: int, head_dim: int, chip: str) -> TileConfig:
+    """The tile of that kernel for elements of so many bytes and heads of that width; `chip` as `chip_of` names it."""
+    tables = {"sm_9": ATTENTION_HOPPER, "sm_10": ATTENTION_BLACKWELL, "gfx": ATTENTION_AMD}
+    table = tables.get(_generation(chip), ATTENTION)
     width = next(w for w in (32, 64, 128) if head_dim <= w and (kernel, element_size, w) in table)
     return table[kernel, element_size, width]
 
 
-def whole_sequence_tile(tokens: int, element_size: int, head_dim: int, blackwell: bool) -> TileConfig | None:
+def whole_sequence_tile(tokens: int, element_size: int, head_dim: int, windowed: bool, chip: str) -> TileConfig | None:
     """The tile for one program a head in the forward pass, or None where a program a block of queries is better.
 
     Up to 64 tokens are one block anyway. 256 keys fill the registers at a width of 32 in 16 bits; beyond that, and
-    with Blackwell's accumulators, which are read back through registers, they spill.
+    with Blackwell's accumulators, which are read back through registers, they spill. On sm_80 to 89 eight warps, with
+    blocks of queries twice as high, leave room for what four spill; beyond 15 x 15 not without a window.
     """
-    if blackwell or element_size != 2 or head_dim > 32 or not 64 < tokens <= 256:
+    generation = _generation(chip)
+    if generation in ("sm_10", "sm_12") or element_size != 2 or head_dim > 32 or not 64 < tokens <= 256:
         return None
-    return TileConfig(64, 128 if tokens <= 128 else 256, 4, 1, whole=True)
+    if tokens <= 128:
+        return TileConfig(64, 128, 4, 1, whole=True)
+    if generation != "sm_8":
+        return TileConfig(64, 256, 4, 1, whole=True)
+    return TileConfig(128, 256, 8, 1, whole=True) if windowed or tokens <= 225 else None
 
 
-def whole_sequence_gradient_tile(tokens: int, element_size: int, head_dim: int, warpgroups: bool) -> TileConfig | None:
+def whole_sequence_gradient_tile(tokens: int, element_size: int, head_dim: int, chip: str) -> TileConfig | None:
     """The tile for one program a head in the backward pass, or None where a kernel each for queries and keys is better.
 
     The gradients of all queries stay in registers: 16-bit elements to a width of 32; wider heads and float32 spill.
-    warpgroups: four warps multiply together (Hopper, and Blackwell for data centers). Four warps spill there with
-    dropout, and eight, whose blocks of queries are twice as high, do not; elsewhere eight would do half of two
-    products twice. With 64 keys they fit at 14 x 14 and spill up to 56 bytes on Ampere at other sizes, so those have
-    32.
+    Eight warps, whose blocks of queries are twice as high, do half of two products twice where no four multiply
+    together; they cost as much as four all the same, and are the ones that fit on Hopper and sm_86 to 89. On Ampere's
+    sm_80 it is four, and 32 keys at other sizes than 14 x 14; on Blackwell 32 keys where 64 spill.
     """
     if element_size != 2 or head_dim > 32 or not 64 < tokens <= 256:
         return None
-    if warpgroups:
+    generation = _generation(chip)
+    fits_blackwell = tokens <= 144 or tokens in (196, 256)
+    if generation == "sm_9" or chip in ("sm_86", "sm_87", "sm_89") or (generation == "sm_10" and fits_blackwell):
         return TileConfig(128, 64, 8, 1, whole=True)
-    return TileConfig(64, 64 if tokens == 196 else 32, 4, 1, whole=True)
+    wide = tokens == 196 and generation not in ("sm_10", "sm_12")
+    return TileConfig(64, 64 if wide else 32, 4, 1, whole=True)
+
+
+def chip_of(device: torch.device) -> str:
+    """The name of a GPU's kind: "sm_90" of NVIDIA's by compute capability, "gfx" of AMD's; "" in the interpreter."""
+    if device.type != "cuda":
+        return ""
+    if torch.version.hip is not None:
+        return "gfx"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _generation(chip: str) -> str:
+    """What a chip's kernels are chosen by: "sm_9" of "sm_90", "gfx" of "gfx942"."""
+    return "gfx" if chip.startswith("gfx") else chip[:-1]
 
 
 def dot_precision(tile: TileConfig) -> str:

@@ -27,7 +27,8 @@ from ..models.precision import computes_in_bfloat16
 from ..printable import printable
 from ..rows import TokenRows
 from ..state_dicts import hash_of_state_dict
-from ..training.loop import epochs_and_steps, seeded_generators
+from ..training.generators import seeded_generators
+from ..training.loop import epochs_and_steps
 from ..training.processes import current
 from ..training.recipes import Recipe
 from ..training.run_files import Diverged, RunFiles

@@ -19,7 +19,7 @@ from ..detect.residual_score import ResidualScore, image_scores
 from ..files import atomic_path
 from ..printable import file_name
 from ..rows import TokenRows
-from ..training.loop import seeded_generators
+from ..training.generators import seeded_generators
 from ..training.recipes import Recipe
 from ..training.run_files import ResumeError, RunFiles
 from .data import StudyData

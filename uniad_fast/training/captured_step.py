@@ -85,7 +85,8 @@ class CapturedStep:
     """A step that is called as it is a few times, then captured, and from then on replayed.
 
     Batches of another shape than the captured one's are stepped as without a graph. If capturing fails, it says so once
-    and never tries again. Every way gives the same numbers.
+    and never tries again. Every way gives the same numbers, as long as nobody changes the step: a parameter that has
+    moved or is trained no more is seen, a hook, a switch of torch's or another rate of dropout is not.
 
     Args:
         step: sets all gradients anew; reads nothing back from the device.
@@ -113,7 +114,7 @@ class CapturedStep:
         if self._refused or tokens.shape != self._shape:
             return self._step(tokens)
         if self._replay is not None and self._places != self._where():
-            self._replay, self._calls = None, 0  # somebody has moved parameters, or frozen some
+            self._forget()  # somebody has moved parameters, or frozen some
         if self._calls < _FIRST_CALLS:
             self._calls += 1
             return self._graphs.beside(lambda: self._step(tokens))
@@ -140,6 +141,11 @@ class CapturedStep:
         self._gradients = [parameter.grad for parameter in self._parameters]
         self._places = self._where()
         return True
+
+    def _forget(self) -> None:
+        """The graph, with all that holds its memory."""
+        self._tokens = self._replay = self._found = None
+        self._gradients, self._calls = [], 0
 
     def _where(self) -> list[tuple[int, bool]]:
         """Of each parameter, where it lies and whether it is trained, which a graph holds still."""

@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -25,10 +25,11 @@ from ..ops.noise import part_of_batch
 from ..progress import progress
 from ..rows import TokenRows
 from ..signals import Stopped, asked_to_stop, stop_if_asked
-from . import optimization
+from . import generators, optimization
 from .batches import Batch, Batches, share
 from .captured_step import CapturedStep, CudaGraphs, Graphs
 from .device_batches import DeviceBatches
+from .generators import seeded_generators
 from .patience import Patience
 from .processes import Processes
 from .recipes import Recipe
@@ -110,7 +111,7 @@ class _Run:
         self.schedulers = [optimization.scheduler(optimizer, recipe, self.total) for optimizer in self.optimizers]
         self.patience = Patience(recipe.patience)
         identity = _identity(files.run, recipe, seed, batches, criterion.mean.device)
-        parts = (criterion.model, self.optimizers, self.schedulers, self.patience)
+        parts = (criterion.model, self.optimizers, self.schedulers, self.patience, criterion.mean.device)
         self.checkpoint = Checkpoint(files, identity, *parts)
         self.checkpoint_seconds = files.checkpoint_seconds if self.together.is_first else math.inf
         self.step = 0
@@ -125,6 +126,7 @@ class _Run:
         self.on_device: DeviceBatches | None = DeviceBatches(batches, device, self.total)
         self.module: nn.Module = criterion
         if self.together.count > 1:
+            self._prepare_alone()
             self.module = nn.parallel.DistributedDataParallel(criterion)
         self.captured: CapturedStep | None = None
         if (graphs := _graphs(device)) is not None and self.together.count == 1:
@@ -156,9 +158,25 @@ class _Run:
         self.criterion.eval()
         return self.step // self.steps_per_epoch
 
+    def _prepare_alone(self) -> None:
+        """What one process may take longer for than the others wait for it in a collective: kernels are compiled, or
+        found compiled, by a first step that leaves nothing behind.
+        """
+        assert self.on_device is not None
+        if self.step < self.total:
+            self.criterion.train()
+            batch = self.on_device.at(self.step)
+            with generators.kept(self.criterion.mean.device), part_of_batch(batch.first):
+                self.criterion(batch.tokens).backward()
+            self.criterion.model.zero_grad(set_to_none=True)
+        self.together.wait()
+
     def release(self) -> None:
-        """Let go of what a GPU holds for the training, at once: the graph's calls would keep it alive for a while."""
+        """Let go of what a GPU holds for the training, at once: the graph's calls would keep it alive for a while, and
+        gradients its memory.
+        """
         self.captured = self.on_device = None
+        self.criterion.model.zero_grad(set_to_none=True)
 
     def _take_step(self, epoch: int) -> None:
         assert self.on_device is not None
@@ -227,7 +245,7 @@ def _identity(run: dict[str, Any], recipe: Recipe, seed: int, batches: Batches, 
     content = json.loads(json.dumps({**run, "recipe": asdict(recipe), "seed": seed, "images": batches.images}))
     if batches.in_blocks:
         content["order"] = "blocks"
-    content["bfloat16"] = computes_in_bfloat16(recipe.precision, device)
+    content |= {"bfloat16": computes_in_bfloat16(recipe.precision, device), "device": device.type}
     return content
 
 
@@ -240,11 +258,3 @@ def _mean_loss(criterion: ReconstructionLoss, tokens: TokenRows, together: Proce
         rows = np.array(tokens[start : min(start + _VALIDATED_AT_A_TIME, end)])
         total += len(rows) * criterion(torch.from_numpy(rows)).double()
     return together.sum(total).item() / len(tokens)
-
-
-@contextlib.contextmanager
-def seeded_generators(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's generators seeded for a run, and given back as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import UniadFastError
 from ..files import atomic_path
 from ..printable import printable
+from . import generators
 from .patience import Patience
 from .processes import ALONE, Processes
 
@@ -72,7 +73,7 @@ class RunFiles:
 
 
 class Checkpoint:
-    """Everything a run depends on at a step: parameters, optimiser, schedule, generators."""
+    """Everything a run depends on at a step: parameters, optimiser, schedule, generators of the device it trains on."""
 
     def __init__(
         self,
@@ -82,9 +83,11 @@ class Checkpoint:
         optimizers: Sequence[torch.optim.Optimizer],
         schedulers: Sequence[torch.optim.lr_scheduler.LRScheduler],
         patience: Patience,
+        device: torch.device,
     ) -> None:
         self._path = files.path("checkpoint.pt")
         self._run = run
+        self._device = device
         self._parts: dict[str, Any] = {"model": model, "patience": patience}
         for number, pair in enumerate(zip(optimizers, schedulers, strict=True)):
             names = (f"optimizer{number or ''}", f"scheduler{number or ''}")
@@ -94,9 +97,7 @@ class Checkpoint:
         if not all(parameter.isfinite().all() for parameter in self._parts["model"].parameters()):
             raise UniadFastError(f"training stopped at step {step}: parameters are not finite any more")
         content = {name: part.state_dict() for name, part in self._parts.items()}
-        content |= {"run": json.dumps(self._run), "step": step, "generator": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            content["cuda_generators"] = torch.cuda.get_rng_state_all()
+        content |= {"run": json.dumps(self._run), "step": step, "generators": generators.states(self._device)}
         with atomic_path(self._path) as path:
             torch.save(content, path)
 
@@ -120,9 +121,7 @@ class Checkpoint:
         try:
             for name, part in self._parts.items():
                 part.load_state_dict(content[name])
-            torch.set_rng_state(content["generator"])
-            if torch.cuda.is_available() and "cuda_generators" in content:
-                torch.cuda.set_rng_state_all(content["cuda_generators"])
+            generators.restore(content["generators"], self._device)
             step = content["step"]
             if not isinstance(step, int) or step < 0:
                 raise ValueError(f"it is of step {step!r}")
