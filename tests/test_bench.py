@@ -14,6 +14,7 @@ from bench.tools.cases import ATTENTION, AttentionCase
 from bench.tools.marks import is_left_out, weight_of, why_not_here
 from bench.tools.table import PRODUCT, Row, as_json, environment, markdown, ratios
 from bench.tools.turns import LEAST, MOST, Budget, Replay, Way, take_turns
+from uniad_fast.kernels.cpu import build
 from uniad_fast.ops.geometry import Window, hidden_keys
 
 ROOT = Path(__file__).parents[1]
@@ -240,6 +241,14 @@ def test_reports_run(command, expected):
     result = report(*command.split())
     assert result.returncode == 0, result.stderr
     assert expected in result.stdout, result.stdout
+
+
+@pytest.mark.skipif(not build.PAYS, reason="a processor without AVX2")
+def test_a_report_as_on_a_processor_with_avx2_alone():
+    result = report("as_avx2", "bench.reports.profile_step", "--steps", 1, "--smoke", "--dtype", "float32")
+    assert result.returncode == 0, result.stderr
+    assert "attention, backward" in result.stdout, result.stdout
+    assert report("as_avx2").returncode == 1
 
 
 def test_a_memory_finds_what_is_far_from_all_it_has_seen(made_up_classes, backbone_weights, tmp_path, monkeypatch):
