@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUICK
+from uniad_fast.kernels.cpu import build
 
 from bench.tools.cases import ATTENTION, AttentionCase
 from bench.tools.marks import is_left_out, weight_of, why_not_here
 from bench.tools.table import PRODUCT, Row, as_json, environment, markdown, ratios
 from bench.tools.turns import LEAST, MOST, Budget, Replay, Way, take_turns
-from uniad_fast.kernels.cpu import build
 from uniad_fast.ops.geometry import Window, hidden_keys
 
 ROOT = Path(__file__).parents[1]

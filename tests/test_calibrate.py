@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -48,7 +49,10 @@ def test_the_threshold_is_that_of_the_images_given(bundle, made_up_classes, tmp_
 
 
 def test_in_place_and_what_can_not_be_done(bundle, made_up_classes, tmp_path):
-    call("calibrate", bundle, made_up_classes / "class0/train/good", "-o", tmp_path / "b", "--cache", tmp_path, "-q")
+    learnt_from = made_up_classes / "class0/train/good"
+    output = call("calibrate", bundle, learnt_from, "-o", tmp_path / "b", "--cache", tmp_path, "-q", code=2)
+    assert "the detector has learnt from 8 of these 8 images" in output and not (tmp_path / "b").exists()
+    shutil.copytree(bundle, tmp_path / "b")
     call("calibrate", tmp_path / "b", made_up_classes / "class0/test/good", "--all-good", "--cache", tmp_path, "-q")
     assert config_of(tmp_path / "b")["calibration"]["images"][0] == 4
     (tmp_path / "junk").mkdir()
@@ -56,7 +60,7 @@ def test_in_place_and_what_can_not_be_done(bundle, made_up_classes, tmp_path):
     assert "needs a readable good image" in call("calibrate", tmp_path / "b", tmp_path / "junk", "-q", code=2)
     assert "is not a folder: a bundle is" in call("calibrate", tmp_path / "junk/a.png", tmp_path / "junk", code=2)
     rate = ["--false-alarm-rate", 2]
-    output = call("calibrate", tmp_path / "b", made_up_classes / "class0/train/good", *rate, "-q", code=2)
+    output = call("calibrate", tmp_path / "b", made_up_classes / "class0/test/good", "--all-good", *rate, "-q", code=2)
     assert "false_alarm_rate must be in (0, 1), got 2" in output
     assert config_of(tmp_path / "b")["calibration"]["images"][0] == 4
 
@@ -68,6 +72,8 @@ def test_eval_says_what_happens_at_the_threshold(bundle, made_up_classes, tmp_pa
     with open(tmp_path / "decisions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 10 and {row["kind"] for row in rows} == {"good", "square"}
+    with open(tmp_path / "scores.csv", newline="") as file:
+        assert min(float(row["score"]) for row in csv.DictReader(file)) < 0  # a number still, for a spreadsheet too
     threshold = AnomalyDetector.load(bundle).calibration.threshold.value
     with open(tmp_path / "scores.csv", newline="") as file:
         scores = [row for row in csv.DictReader(file) if row["class"] == "class2" and row["kind"] == "square"]

@@ -142,3 +142,10 @@ def test_good_images_of_all_classes_come_out_alike(image_score):
         assert pooled == pytest.approx(
             found.of_score(image_scores(torch.from_numpy(raw)[None], "max").item(), 1), abs=1e-4
         )
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-5, 1e-12])
+def test_no_rate_that_is_asked_for_shows_more_than_the_images_do(rate):
+    found = threshold_for(np.random.default_rng(0).normal(size=40), rate)
+    assert found.extrapolated and found.rate == rate
+    assert found.interval[0] < rate and found.interval[1] == pytest.approx(1 - 0.025 ** (1 / 40))

@@ -144,9 +144,9 @@ def test_the_papers_score_is_the_l2_norm(settings, made_up_classes, picture):
 def test_unreadable_training_images_are_listed(settings, made_up_classes, tmp_path):
     root = tmp_path / "mine"
     shutil.copytree(made_up_classes / "class0/train/good", root)
-    (root / "broken.png").write_text("no image")
+    (root / "torn.png").write_text("no image")
     detector = AnomalyDetector(**settings).fit(root, quiet=True)
-    assert len(detector.unreadable) == 1 and "broken.png" in detector.unreadable[0]
+    assert len(detector.unreadable) == 1 and "torn.png" in detector.unreadable[0]
 
 
 @pytest.mark.parametrize("kind", ["one", "none_readable"])

@@ -13,7 +13,7 @@ from conftest import call
 
 from uniad_fast import files
 from uniad_fast.data.image_batches import read_batches
-from uniad_fast.files import atomic_directory, atomic_path, sweep
+from uniad_fast.files import atomic_directory, atomic_path, save_tensors, sweep
 
 
 def _write_and_die(target):
@@ -124,3 +124,9 @@ def test_reading_ahead_stops_with_its_reader(photos):
     assert next(batches).images.shape == (1, 3, 32, 32)
     batches.close()
     assert torch.get_num_threads() > 0
+
+
+def test_a_full_disk_is_said_to_be_full():
+    with pytest.raises(OSError, match="No space left on device") as found:
+        save_tensors({"a": torch.zeros(100_000)}, Path("/dev/full"))
+    assert found.value.filename == "/dev/full"

@@ -205,3 +205,12 @@ def test_identical_splits_for_a_seed(tmp_path):
     root = tree(tmp_path / "d", "good/" + ",".join(f"{i}.png" for i in range(20)), "bad/0.png")
     one, again, other = (load_dataset(root, seed=seed) for seed in (0, 0, 1))
     assert one == again and one.train != other.train and len(one.train) == 16
+
+
+def test_to_be_tested_on_a_class_needs_no_images_to_learn_from(tmp_path):
+    tree(tmp_path, "bolt/test/good/0.png", "bolt/test/bent/0.png", "nut/train/good/0.png", "nut/test/good/0.png")
+    dataset = load_dataset(tmp_path, only_test=True)
+    assert counts(dataset) == {"bolt": (0, "1 good, 1 bent", "0 of 1"), "nut": (1, "1 good", "")}
+    assert counts(load_dataset(tmp_path / "bolt", only_test=True))["bolt"][1] == "1 good, 1 bent"
+    with pytest.raises(DataError):
+        load_dataset(tmp_path)

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import call
 
+from uniad_fast.deploy import watch as watching
 from uniad_fast.deploy.journal import Journal
 from uniad_fast.errors import UniadFastError
 
@@ -159,5 +161,45 @@ def test_what_can_not_be_watched(bundle, tmp_path):
         assert "write to a folder in it, or elsewhere" in text
     text = call("watch", bundle, tmp_path / "in", "-o", tmp_path / "o", "--on-defect", "alarm 'x", code=2)
     assert "can't be understood" in text
+    text = call("watch", bundle, tmp_path / "in", "-o", tmp_path / "o", "--on-defect", "no-such-alarm 1", code=2)
+    assert "there is no program 'no-such-alarm'" in text
     assert "is no folder" in call("watch", bundle, tmp_path / "nothing", "-o", tmp_path / "o", code=2)
     assert call("watch", tmp_path / "no-bundle", tmp_path, "-o", tmp_path / "o", code=2)
+
+
+def test_a_link_back_into_the_folder_is_no_way_around(bundle, made_up_classes, tmp_path):
+    """Its own pictures are never scored; and nobody else writes where it does."""
+    folder, good = tmp_path / "in", made_up_classes / "class0/test/good/000.png"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    shutil.copy(good, folder / "first.png")
+    process = start(bundle, folder, tmp_path / "link/out", "--settle", 0)
+    wait_for(lambda: scored(folder / "out") == 1, process)
+    text = call("score", bundle, good, "-o", folder / "out", "-q", code=2)
+    assert "uniad-fast watch writes into" in text
+    shutil.copy(good, folder / "second.png")
+    wait_for(lambda: scored(folder / "out") == 2, process)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    assert sorted(os.path.basename(one["image"]) for one in lines(folder / "out")) == ["first.png", "second.png"]
+    assert "write to a folder in it" in call("watch", bundle, folder, "-o", tmp_path / "link", code=2)
+
+
+def test_an_empty_file_is_waited_for_longer_and_then_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(watching, "_EMPTY", 0.3)
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "full.png").write_bytes(b"x")
+    arriving, found = watching._Arriving(tmp_path, tmp_path / "out"), {}
+    for path in tmp_path.iterdir():
+        arriving.seen(path)
+    began = time.monotonic()
+    while len(found) < 2 and time.monotonic() - began < 20:
+        found |= {path.name: time.monotonic() - began for path, _ in arriving.complete(0.0, 9)}
+    assert found["full.png"] < 0.3 <= found["empty.png"]
+
+
+def test_every_image_has_a_picture_of_its_own():
+    names = ["a.png", "a.jpg", "a.jpg.png", "a.jpg.png.png", "b.c.png", "a.PNG"]
+    assert len({watching._name_of(Path(name)) for name in names}) == len(names)
+    assert watching._name_of(Path("d/a.png")) == Path("d/a.png")

@@ -83,6 +83,10 @@ def sweep(target: str | os.PathLike) -> None:
                     path.unlink(missing_ok=True)
 
 
+WATCH_LOCK = ".watch.lock"
+"""In the folder that a watch writes into, held by it."""
+
+
 @contextlib.contextmanager
 def locked(path: str | os.PathLike, wait: bool = True) -> Iterator[bool]:
     """Hold an exclusive lock on the file `path`, made if missing, and give True.
@@ -101,6 +105,24 @@ def locked(path: str | os.PathLike, wait: bool = True) -> Iterator[bool]:
         yield True
     finally:
         lock.release()
+
+
+def save_tensors(content: object, path: Path) -> None:
+    """`torch.save`, whose error of a full disk names the disk.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    import torch
+
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from None
+        raise
 
 
 def sha256_of_file(path: str | os.PathLike) -> str:

@@ -140,15 +140,16 @@ template <class Mode, class T> struct Backward {
                   load<vfloat>(group.delta + v * LANES)};
   }
 
-  INLINE vfloat weight_of(vfloat product, const Lanes& lanes, mask_t hidden) const {
+  INLINE vfloat weight_of(vfloat product, const Lanes& lanes, mask_t hidden, int v) const {
     // The difference first: of large products it is exact, and their scaled values are not.
     const vfloat x = exp2<Mode::EXP_DEGREE>((product - lanes.maximum) * p.scale_log2 - lanes.log_sum);
-    return select(hidden, vfloat{}, x);
+    return select(hidden, vfloat{}, x, v * LANES);
   }
 
   // The gradient of a score, from that of its weight.
-  INLINE vfloat difference_of(vfloat weight, vfloat gradient, const Lanes& lanes, bool dropout, mask_t keep) const {
-    if (dropout) gradient = select(keep, gradient, vfloat{}) * p.keep_scale;
+  INLINE vfloat difference_of(
+      vfloat weight, vfloat gradient, const Lanes& lanes, bool dropout, const mask_t* keep, int v) const {
+    if (dropout) gradient = where_of(keep, v, gradient) * p.keep_scale;
     return weight * (gradient - lanes.delta);
   }
 
@@ -180,10 +181,10 @@ template <class Mode, class T> struct Backward {
             vfloat weight{};
             if (seen && v < V) {
               const int64_t at = (r + i) * GROUP + v * LANES;
-              const mask_t keep = dropout ? masks.keep[v][j + r + i] : 0;
-              weight = weight_of(load<vfloat>(products + at), lanes[v], masks.hidden[j + r + i] >> v * LANES);
-              difference[i] = difference_of(weight, load<vfloat>(gradients + at), lanes[v], dropout, keep);
-              if (dropout) weight = select(keep, weight, vfloat{});
+              const mask_t* keep = masks.keep + j + r + i;
+              weight = weight_of(load<vfloat>(products + at), lanes[v], masks.hidden[j + r + i], v);
+              difference[i] = difference_of(weight, load<vfloat>(gradients + at), lanes[v], dropout, keep, v);
+              if (dropout) weight = where_of(keep, v, weight);
             }
             // Lanes beyond V are summed over with the others, so they are 0.
             narrow_vector(weight, (bf16*)(weights + (j + r + i) * STRIDE) + v * LANES);
@@ -215,15 +216,15 @@ template <class Mode, class T> struct Backward {
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
           for (int v = 0; v < V; v++)
-            spill[r][v] = weight_of(weight[r][v], lanes[v], masks.hidden[j + r] >> v * LANES);
+            spill[r][v] = weight_of(weight[r][v], lanes[v], masks.hidden[j + r], v);
         multiply<Mode, 1>(of.values + j, of.room, group.gradient_lanes, GROUP, dim_words, gradient);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
           for (int v = 0; v < V; v++) {
-            const mask_t keep = dropout ? masks.keep[v][j + r] : 0;
-            gradient[r][v] = difference_of(spill[r][v], gradient[r][v], lanes[v], dropout, keep);
-            weight[r][v] = dropout ? select(keep, spill[r][v], vfloat{}) : spill[r][v];
+            const mask_t* keep = masks.keep + j + r;
+            gradient[r][v] = difference_of(spill[r][v], gradient[r][v], lanes[v], dropout, keep, v);
+            weight[r][v] = dropout ? where_of(keep, v, spill[r][v]) : spill[r][v];
           }
       }
 #pragma GCC unroll 12

@@ -47,11 +47,11 @@ struct GroupMasks {
   mask_t* near_row;   // [height] bit l: query l's row is near
   mask_t* near_col;   // [width]
   mask_t* hidden;     // [KEYS]
-  uint16_t* keep[2];  // [KEYS] each
+  mask_t* keep;       // [KEYS]
 
   GroupMasks(Scratch& scratch, const Problem& p)
       : near_row(scratch.take<mask_t>(p.height)), near_col(scratch.take<mask_t>(p.width)),
-        hidden(scratch.take<mask_t>(KEYS)), keep{scratch.take<uint16_t>(KEYS), scratch.take<uint16_t>(KEYS)} {}
+        hidden(scratch.take<mask_t>(KEYS)), keep(scratch.take<mask_t>(KEYS)) {}
 
   void start_group(const Problem& p, int64_t first_query) {
     std::fill(near_row, near_row + p.height, 0);
@@ -73,16 +73,20 @@ struct GroupMasks {
 
   void start_chunk(const Problem& p, int64_t plane, int64_t first_query, int vectors, int64_t begin, int64_t end) {
     int64_t row = begin / p.width, col = begin % p.width;
-    for (int64_t j = 0; j < end - begin; j++) {
-      hidden[j] = near_row[row] & near_col[col];
-      if (++col == p.width) col = 0, row++;
+    for (int64_t j = 0; j < end - begin; row++, col = 0) {
+      const int64_t keys = std::min(p.width - col, end - begin - j);
+      for (int64_t i = 0; i < keys; i++) hidden[j + i] = near_row[row] & near_col[col + i];
+      j += keys;
     }
     std::fill(hidden + (end - begin), hidden + round_up(end - begin, GROUP), EVERY_LANE);
     if (p.keep_threshold == 0) return;
-    for (int v = 0; v < vectors; v++)
-      for (int64_t j = begin; j < end; j += 64)
-        keep_rows(Key(p.seed), (uint32_t)(p.first_plane + plane), (uint32_t)(first_query + v * LANES), (uint32_t)(j / 64),
-                  p.keep_threshold, keep[v] + (j - begin));
+    const uint32_t noise_plane = (uint32_t)(p.first_plane + plane), query = (uint32_t)first_query;
+    for (int64_t j = begin; j < end; j += 64) {
+      if (vectors == 2)
+        keep_rows<2>(Key(p.seed), noise_plane, query, (uint32_t)(j / 64), end - j, p.keep_threshold, keep + (j - begin));
+      else
+        keep_rows<1>(Key(p.seed), noise_plane, query, (uint32_t)(j / 64), end - j, p.keep_threshold, keep + (j - begin));
+    }
   }
 
 };

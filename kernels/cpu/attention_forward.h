@@ -82,7 +82,7 @@ template <class Mode, class T> struct Forward {
 #pragma GCC unroll 2
         for (int v = 0; v < V; v++) {
           float* at = scores + r * GROUP + v * LANES;
-          const vfloat s = select(masks.hidden[r] >> v * LANES, splat(-INF), load<vfloat>(at));
+          const vfloat s = select(masks.hidden[r], splat(-INF), load<vfloat>(at), v * LANES);
           maximum[v] = vmax(maximum[v], s);
           store(at, s);
         }
@@ -113,7 +113,7 @@ template <class Mode, class T> struct Forward {
         const mask_t hidden = masks.hidden[j + r];
 #pragma GCC unroll 2
         for (int v = 0; v < V; v++) {
-          const vfloat s = select(hidden >> v * LANES, splat(-INF), sum[r][v]);
+          const vfloat s = select(hidden, splat(-INF), sum[r][v], v * LANES);
           maximum[v] = vmax(maximum[v], s);
           store(scores + (j + r) * GROUP + v * LANES, s);
         }
@@ -138,7 +138,7 @@ template <class Mode, class T> struct Forward {
           const vfloat s = load<vfloat>(scores + (j + i) * GROUP + v * LANES);
           weight[i] = exp2<Mode::EXP_DEGREE>((s - pivot[v]) * p.scale_log2);
           total[v] += weight[i];
-          if (dropout) weight[i] = select(masks.keep[v][j + i], weight[i], vfloat{});
+          if (dropout) weight[i] = where_of(masks.keep + j + i, v, weight[i]);
         }
         store(weights + j / Mode::PAIR * GROUP + v * LANES, pair_lanes<Mode>(weight[0], weight[Mode::PAIR - 1]));
       }

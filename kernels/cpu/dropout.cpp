@@ -41,7 +41,7 @@ template <class F> void over_splits(const Problem& p, F f) {
 INLINE mask_t bits_at(const uint64_t* keep, int64_t col) { return (mask_t)(keep[col / 64] >> col % 64); }
 
 INLINE vfloat dropped(const Problem& p, const uint64_t* keep, int64_t col, vfloat x) {
-  return p.keep_threshold == 0 ? x : select(bits_at(keep, col), x * p.keep_scale, vfloat{});
+  return p.keep_threshold == 0 ? x : where(bits_at(keep, col), x * p.keep_scale);
 }
 
 // sums[width] = residual + dropout(x), zeros to a whole vector; returns the sum of them.
@@ -72,7 +72,7 @@ void norm_forward(
       const float mean = add_row(p, x, residual, row, keep, sums) / (float)p.width;
       vfloat squares{};
       for (int64_t c = 0; c < p.width; c += LANES) {
-        const vfloat d = select(valid_lanes(p.width - c), load<vfloat>(sums + c) - mean, vfloat{});
+        const vfloat d = where(valid_lanes(p.width - c), load<vfloat>(sums + c) - mean);
         squares += d * d;
       }
       const float rstd = 1.f / std::sqrt(sum_lanes(squares) / (float)p.width + p.eps);

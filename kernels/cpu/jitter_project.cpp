@@ -68,7 +68,7 @@ void noisy_rows(
       for (int64_t c = block; c < block + 4 * LANES; c += LANES) {
         const int64_t left = std::max<int64_t>(p.channels - c, 0);
         vfloat x = widen_vector(token + c, left) + load<vfloat>(noise + (c - block)) * deviation[t];
-        if (left < LANES) x = select((mask_t{1} << left) - 1, x, vfloat{});
+        if (left < LANES) x = where((mask_t{1} << left) - 1, x);
         if constexpr (Mode::PAIR == 1)
           store(out + c, x);
         else

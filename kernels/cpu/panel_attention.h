@@ -50,7 +50,7 @@ INLINE void score(
 #pragma GCC unroll 2
         for (int v = 0; v < V; v++) {
           const int64_t at = first + k + r;
-          const vfloat x = seen ? select(seen[at] >> v * LANES, sum[r][v], lowest) : sum[r][v];
+          const vfloat x = seen ? select(seen[at], sum[r][v], lowest, v * LANES) : sum[r][v];
           most[v] = vmax(most[v], x);
           store(weights + (at * V + v) * LANES, x);
         }
@@ -158,7 +158,7 @@ class TiledAttention {
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) {
         float* at = scores_ + (k * V + v) * LANES;
-        const vfloat x = seen ? select(seen[k] >> v * LANES, load<vfloat>(at), lowest) : load<vfloat>(at);
+        const vfloat x = seen ? select(seen[k], load<vfloat>(at), lowest, v * LANES) : load<vfloat>(at);
         most[v] = vmax(most[v], x);
         store(at, x);
       }

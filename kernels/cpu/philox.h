@@ -42,17 +42,21 @@ INLINE void multiply_wide(vword a, uint32_t m, vword* high, vword* low) {
 #endif
 }
 
-// Philox-4x32-10: the counter (c0, c1, c2, c3) becomes the four output words.
-INLINE void philox(vword& c0, vword& c1, vword& c2, vword& c3, Key key) {
+// Philox-4x32-10: each counter w[i] becomes its four output words. A round waits for the one before, so that two
+// counters take little longer than one.
+template <int N> INLINE void philox(vword (&w)[N][4], Key key) {
 #pragma GCC unroll 10
   for (int round = 0; round < 10; round++) {
-    vword high0, low0, high1, low1;
-    multiply_wide(c0, 0xD2511F53u, &high0, &low0);
-    multiply_wide(c2, 0xCD9E8D57u, &high1, &low1);
-    c0 = high1 ^ c1 ^ key.low;
-    c2 = high0 ^ c3 ^ key.high;
-    c1 = low1;
-    c3 = low0;
+#pragma GCC unroll 2
+    for (int i = 0; i < N; i++) {
+      vword high0, low0, high1, low1;
+      multiply_wide(w[i][0], 0xD2511F53u, &high0, &low0);
+      multiply_wide(w[i][2], 0xCD9E8D57u, &high1, &low1);
+      w[i][0] = high1 ^ w[i][1] ^ key.low;
+      w[i][2] = high0 ^ w[i][3] ^ key.high;
+      w[i][1] = low1;
+      w[i][3] = low0;
+    }
     key.low += 0x9E3779B9u;
     key.high += 0xBB67AE85u;
   }
@@ -68,6 +72,9 @@ INLINE vword lane_numbers() {
 INLINE mask_t at_least(vword a, uint32_t threshold) {
 #if defined(UNIAD_AVX512)
   return _mm512_cmpge_epu32_mask((__m512i)a, _mm512_set1_epi32((int)threshold));
+#elif defined(UNIAD_AVX2)
+  const __m256i larger = _mm256_max_epu32((__m256i)a, _mm256_set1_epi32((int)threshold));
+  return (mask_t)_mm256_movemask_ps((__m256)_mm256_cmpeq_epi32(larger, (__m256i)a));
 #elif defined(UNIAD_NEON)
   const vword lane = splat_word(1) << lane_numbers();
   return vaddvq_u32((uint32x4_t)((vword)(a >= threshold) & lane));
@@ -78,38 +85,54 @@ INLINE mask_t at_least(vword a, uint32_t threshold) {
 #endif
 }
 
-// Stream KEEP for LANES rows from `row` on and the 64 columns of `block`: keep[col] has a bit a row, set where the
-// element is kept.
-INLINE void keep_rows(Key key, uint32_t plane, uint32_t row, uint32_t block, uint32_t threshold, uint16_t* keep) {
+// Stream KEEP for V vectors of rows from `row` on and the first columns of the 64 of `block`: keep[col] has a bit a row,
+// set where the element is kept. There is room for 64.
+template <int V>
+INLINE void keep_rows(
+    Key key, uint32_t plane, uint32_t row, uint32_t block, int64_t columns, uint32_t threshold, mask_t* keep) {
+  constexpr uint32_t TOGETHER = 2 / V;  // columns that two counters serve
   const vword rows = lane_numbers() + row;
-  for (uint32_t c = 0; c < 8; c++) {
-    vword w[4] = {splat_word(8 * block + c), rows, splat_word(plane), splat_word(KEEP)};
-    philox(w[0], w[1], w[2], w[3], key);
+  for (uint32_t c = 0; c < 8 && c < columns; c += TOGETHER) {
+    vword w[2][4];
+#pragma GCC unroll 2
+    for (uint32_t i = 0; i < 2; i++) {
+      w[i][0] = splat_word(8 * block + c + (V == 1 ? i : 0)), w[i][1] = V == 1 ? rows : rows + i * LANES;
+      w[i][2] = splat_word(plane), w[i][3] = splat_word(KEEP);
+    }
+    philox(w, key);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++) {
-      keep[16 * k + c] = (uint16_t)at_least(w[k] & 0xffff, threshold);
-      keep[16 * k + 8 + c] = (uint16_t)at_least(w[k] >> 16, threshold);
+      mask_t* at = keep + 16 * k + c;
+      const mask_t low[2] = {at_least(w[0][k] & 0xffff, threshold), at_least(w[1][k] & 0xffff, threshold)};
+      const mask_t high[2] = {at_least(w[0][k] >> 16, threshold), at_least(w[1][k] >> 16, threshold)};
+      at[0] = V == 1 ? low[0] : low[0] | low[1] << LANES;
+      at[8] = V == 1 ? high[0] : high[0] | high[1] << LANES;
+      if (V == 1) at[1] = low[1], at[9] = high[1];
     }
   }
 }
 
 // The same for one row and the blocks [0, blocks): keep[block], a bit a column.
 INLINE void keep_columns(Key key, uint32_t plane, uint32_t row, int64_t blocks, uint32_t threshold, uint64_t* keep) {
-  constexpr int64_t WIDE = LANES / 8 > 1 ? LANES / 8 : 1;  // blocks a call serves, one a byte of its lanes' bits
+  constexpr int64_t WIDE = LANES >= 8 ? 2 * LANES / 8 : 1;  // blocks two counters serve, one a byte of their lanes' bits
   for (int64_t b = 0; b < blocks; b += WIDE) {
-    uint64_t kept[WIDE] = {};
-    for (uint32_t c = 0; c < 8; c += LANES) {
-      vword w[4] = {lane_numbers() + (uint32_t)(8 * b + c), splat_word(row), splat_word(plane), splat_word(KEEP)};
-      philox(w[0], w[1], w[2], w[3], key);
-      for (int k = 0; k < 4; k++) {
-        const mask_t low = at_least(w[k] & 0xffff, threshold), high = at_least(w[k] >> 16, threshold);
-        for (int i = 0; i < WIDE; i++) {
-          kept[i] |= (uint64_t)(low >> 8 * i & 0xff) << (16 * k + c);
-          kept[i] |= (uint64_t)(high >> 8 * i & 0xff) << (16 * k + 8 + c);
-        }
-      }
+    vword w[2][4];
+#pragma GCC unroll 2
+    for (uint32_t i = 0; i < 2; i++) {
+      w[i][0] = lane_numbers() + (uint32_t)(8 * b + i * LANES);
+      w[i][1] = splat_word(row), w[i][2] = splat_word(plane), w[i][3] = splat_word(KEEP);
     }
-    for (int64_t i = 0; i < WIDE && b + i < blocks; i++) keep[b + i] = kept[i];
+    philox(w, key);
+    mask_t low[4], high[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
+      low[k] = at_least(w[0][k] & 0xffff, threshold) | at_least(w[1][k] & 0xffff, threshold) << LANES;
+      high[k] = at_least(w[0][k] >> 16, threshold) | at_least(w[1][k] >> 16, threshold) << LANES;
+    }
+    for (int i = 0; i < WIDE && b + i < blocks; i++) {
+      const auto columns = [&](int k) { return (uint64_t)((low[k] >> 8 * i & 0xff) | (high[k] >> 8 * i & 0xff) << 8); };
+      keep[b + i] = columns(0) | columns(1) << 16 | columns(2) << 32 | columns(3) << 48;
+    }
   }
 }
 
@@ -166,11 +189,11 @@ INLINE void normal_pair(vword radius_word, vword angle_word, vfloat* first, vflo
 
 // Stream JITTER: standard normals of 4 * LANES channels of a token, from `channel` on, a multiple of 4.
 INLINE void normals(Key key, uint32_t token, uint32_t channel, float* out) {
-  vword w[4] = {lane_numbers() + channel / 4, splat_word(token), splat_word(0), splat_word(JITTER)};
-  philox(w[0], w[1], w[2], w[3], key);
+  vword w[1][4] = {{lane_numbers() + channel / 4, splat_word(token), splat_word(0), splat_word(JITTER)}};
+  philox(w, key);
   vfloat z[4];
-  normal_pair(w[0], w[1], &z[0], &z[1]);
-  normal_pair(w[2], w[3], &z[2], &z[3]);
+  normal_pair(w[0][0], w[0][1], &z[0], &z[1]);
+  normal_pair(w[0][2], w[0][3], &z[2], &z[3]);
   float rows[4][LANES];
   for (int i = 0; i < 4; i++) store(rows[i], z[i]);
   for (int l = 0; l < LANES; l++)
@@ -179,9 +202,9 @@ INLINE void normals(Key key, uint32_t token, uint32_t channel, float* out) {
 
 // Stream JITTER_TOKEN: whether a token gets noise; threshold = round(prob * 2^24).
 inline bool is_jittered(Key key, uint32_t token, uint32_t threshold) {
-  vword w[4] = {splat_word(0), splat_word(token), splat_word(0), splat_word(JITTER_TOKEN)};
-  philox(w[0], w[1], w[2], w[3], key);
-  return w[0][0] >> 8 < threshold;
+  vword w[1][4] = {{splat_word(0), splat_word(token), splat_word(0), splat_word(JITTER_TOKEN)}};
+  philox(w, key);
+  return w[0][0][0] >> 8 < threshold;
 }
 
 }  // namespace uniad

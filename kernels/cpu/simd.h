@@ -88,20 +88,44 @@ INLINE vfloat vmin(vfloat a, vfloat b) {
 #endif
 }
 
-// `a` in the lanes whose bit is set, `b` elsewhere.
-INLINE vfloat select(mask_t bits, vfloat a, vfloat b) {
+// `a` in the lanes whose bit is set, `b` elsewhere; lane l has bit first + l, first a constant.
+INLINE vfloat select(mask_t bits, vfloat a, vfloat b, int first = 0) {
 #if defined(UNIAD_AVX512)
-  return (vfloat)_mm512_mask_mov_ps((__m512)b, (__mmask16)bits, (__m512)a);
+  return (vfloat)_mm512_mask_mov_ps((__m512)b, (__mmask16)(bits >> first), (__m512)a);
 #else
   vint lane;
-  for (int l = 0; l < LANES; l++) lane[l] = 1 << l;
-  return (((vint{} + (int32_t)bits) & lane) != 0) ? a : b;
+  for (int l = 0; l < LANES; l++) lane[l] = 1 << (first + l);
+  return ((vint)((vint{} + (int32_t)bits) & lane) == lane) ? a : b;
+#endif
+}
+
+// `a` in the lanes whose bit is set, 0 elsewhere.
+INLINE vfloat where(mask_t bits, vfloat a, int first = 0) {
+#if defined(UNIAD_AVX512)
+  return (vfloat)_mm512_maskz_mov_ps((__mmask16)(bits >> first), (__m512)a);
+#else
+  vint lane;
+  for (int l = 0; l < LANES; l++) lane[l] = 1 << (first + l);
+  return (vfloat)((vint)a & (vint)(((vint{} + (int32_t)bits) & lane) == lane));
+#endif
+}
+
+// The same for vector v of a token's, whose bits follow each other; a mask is loaded by itself where one can be.
+INLINE vfloat where_of(const mask_t* bits, int v, vfloat a) {
+#if defined(UNIAD_AVX512)
+  return where(load<uint16_t>((const uint16_t*)bits + v), a);
+#else
+  return where(*bits, a, v * LANES);
 #endif
 }
 
 INLINE float sum_lanes(vfloat v) {
 #if defined(UNIAD_AVX512)
   return _mm512_reduce_add_ps((__m512)v);
+#elif defined(UNIAD_AVX2)
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #elif defined(UNIAD_NEON)
   return vaddvq_f32((float32x4_t)v);
 #else
@@ -321,6 +345,27 @@ INLINE void transpose(const uint32_t* in, int64_t stride, uint32_t* out, int64_t
     store(out + (i + 8) * out_stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
     store(out + (i + 4) * out_stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
     store(out + (i + 12) * out_stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+  }
+#elif defined(UNIAD_AVX2)
+  __m256i a[8], b[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) a[i] = load<__m256i>(in + i * stride);
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    store(out + i * out_stride, _mm256_permute2x128_si256(a[i], a[i + 4], 0x20));
+    store(out + (i + 4) * out_stride, _mm256_permute2x128_si256(a[i], a[i + 4], 0x31));
   }
 #elif defined(UNIAD_NEON)
   const auto row = [&](int i) { return vld1q_u32(in + i * stride); };

@@ -9,6 +9,7 @@ from ..data.datasets import load_dataset
 from ..data.samples import DataError
 from ..detect.bundle import check_writable
 from ..detect.detector import AnomalyDetector
+from ..signals import stop_if_asked
 from .options import (
     AllGood,
     CacheDirectory,
@@ -54,6 +55,7 @@ def calibrate(
     show_data(dataset)
     before = detector.calibration.threshold.value if detector.is_calibrated else None
     detector.calibrate(dataset, false_alarm_rate=false_alarm_rate, quiet=quiet)
+    stop_if_asked()  # what it has is as it was
     detector.save(target)
     was = "it had none" if before is None else f"it was {before:.4f}"
     say(f"wrote {target}; {threshold_sentence(detector)} ({was})")

@@ -70,10 +70,10 @@ def evaluate_command(
 
     Exit code: 0 done, 2 an error (a score that is not finite is one), 3 done without some that could not be read.
     """
-    check_folder(output)
+    check_folder(output, alone=True)
     check_folder(save_reconstructions)
     detector = AnomalyDetector.load(bundle, device)
-    dataset = load_dataset(data, image_root, detector.settings.seed if seed is None else seed)
+    dataset = load_dataset(data, image_root, detector.settings.seed if seed is None else seed, only_test=True)
     if not dataset.test:
         raise DataError(f"{data} has no test images")
     show_data(dataset)

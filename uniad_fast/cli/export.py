@@ -16,6 +16,7 @@ from ..detect.good_images import good_samples
 from ..detect.results import table
 from ..errors import UniadFastError
 from ..files import atomic_path
+from ..signals import stop_if_asked
 from .options import check_folder, finish, say
 
 _SUFFIX = ".parity.json"
@@ -47,6 +48,7 @@ def export(
     if check is not None and not paths:
         raise UniadFastError(f"{check}: no image to compare on")
     calibrated_on = [sample.path for sample in good_samples(good)] if good is not None else []
+    stop_if_asked()
     metadata = export_detector(detector.trained, output, format, precision, images, calibrated_on)
     say(f"wrote {output}: {format}, {precision}, {images} images of any size, threshold {metadata['threshold']:.4f}")
     if paths:
@@ -74,8 +76,8 @@ def _check(detector: AnomalyDetector, output: Path, paths: list[Path], precision
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     what = "the median score of int8" if precision == "int8" else exported.engine
     say(
-        f"wrote {target}; {what} may differ by {bound} standard deviations of good images, on images that it resizes "
-        "by five times that"
+        f"wrote {target}; {what} may differ by {bound} standard deviations of good images, a map by four times that, on "
+        "images that it resizes by five times as much"
     )
     if not all(parity.within(precision) for parity in found):
         raise UniadFastError(f"{output} differs from the detector by more than it may: do not use it")

@@ -21,6 +21,7 @@ from ..data.samples import Dataset
 from ..detect.detector import AnomalyDetector
 from ..detect.results import table
 from ..errors import UniadFastError
+from ..files import WATCH_LOCK, locked
 from ..image_size import Size, read_size
 from ..printable import printable, printable_lines
 from ..signals import Stopped, noted
@@ -226,8 +227,15 @@ def show_data(dataset: Dataset) -> None:
     list_problems("not looked at", dataset.notes)
 
 
-def check_folder(folder: Path | None) -> None:
-    """UniadFastError where results can't go into it, which is better known before the work."""
+def check_folder(folder: Path | None, alone: bool = False) -> None:
+    """UniadFastError where results can't go into it, which is better known before the work.
+
+    alone: nor if a watch writes its rows there, which others' would replace.
+    """
+    if alone and folder is not None and (folder / WATCH_LOCK).exists():
+        with locked(folder / WATCH_LOCK, wait=False) as is_free:
+            if not is_free:
+                raise UniadFastError(f"uniad-fast watch writes into {folder}: choose another folder")
     while folder is not None and not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if folder is not None and not folder.is_dir():
@@ -245,9 +253,14 @@ def threshold_sentence(detector: AnomalyDetector) -> str:
     )  # fmt: skip
     return (
         f"threshold {threshold.value:.3f} standard deviations above what good images have, from "
-        f"{calibration.good_images} of them: {threshold.rate:.1%} false alarms ({low:.1%} to {high:.1%} with 95% "
-        f"confidence; {how})"
+        f"{calibration.good_images} of them: {_percent(threshold.rate)} false alarms ({_percent(low)} to "
+        f"{_percent(high)} with 95% confidence; {how})"
     )
+
+
+def _percent(share: float) -> str:
+    """With a digit after the point, or, where that would be 0.0%, as small as it is."""
+    return f"{share:.1%}" if share >= 5e-4 or not share else f"{100 * share:.1g}%"
 
 
 def recognition_sentence(detector: AnomalyDetector) -> str | None:

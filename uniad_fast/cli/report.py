@@ -55,7 +55,9 @@ def report(
         images = [Shown(path) for path in found.images]
         list_problems("note", found.problems)
     else:
-        images = [Shown.of(sample) for sample in load_dataset(data, image_root, detector.settings.seed).test]
+        images = [
+            Shown.of(sample) for sample in load_dataset(data, image_root, detector.settings.seed, only_test=True).test
+        ]
     if not images:
         raise DataError(f"{data} has no test images; of a folder of images without labels, say --unlabelled")
     set_engine(detector, engine, "float32", [one.path for one in images], _BATCH, quiet)

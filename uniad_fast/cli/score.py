@@ -63,7 +63,7 @@ def score(
     not be read or drawn; the others are scored, and defects among them are in the files and on the last line.
     """
     _check_choices(images, threshold, false_alarm_rate, class_name is not None and class_from == "folder")
-    check_folder(output)
+    check_folder(output, alone=True)
     detector = AnomalyDetector.load(bundle, device)
     if not detector.is_calibrated and (heat_maps or threshold is None):
         raise UniadFastError(

@@ -1,6 +1,7 @@
 """uniad-fast watch: a folder that fills."""
 
 import shlex
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -62,4 +63,6 @@ def _command(text: str | None) -> tuple[str, ...]:
         raise UniadFastError(f"--on-defect {text!r} can't be understood: {error}") from None
     if not parts:
         raise UniadFastError("--on-defect names no program")
+    if shutil.which(parts[0]) is None:
+        raise UniadFastError(f"--on-defect: there is no program {parts[0]!r} that can be run here")
     return parts

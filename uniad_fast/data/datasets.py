@@ -18,6 +18,7 @@ def load_dataset(
     image_root: str | os.PathLike | None = None,
     seed: int = 0,
     all_good: bool = False,
+    only_test: bool = False,
 ) -> Dataset:
     """The data set that `source` names: a folder, a metadata or CSV file, or "elpv" (see the module).
 
@@ -25,6 +26,7 @@ def load_dataset(
         image_root: folder that paths in a metadata file start from, and may not leave; the file's own by default.
         seed: of the split of data sets that bring none.
         all_good: take every image in a folder for a good one to learn from, whatever the folders are called.
+        only_test: nothing is learnt from it, so that a class's folder may hold test images alone.
 
     Raises:
         DataError: nothing there, nothing usable in it, a malformed line (with its number), or a folder that may hold
@@ -45,7 +47,7 @@ def load_dataset(
         return _not_empty(load_metadata(listed, image_root or path, seed), path)
     if image_root is not None:
         raise DataError(f"{path} is a folder of images: an image root is for metadata files")
-    return _not_empty(load_folder(path, seed, all_good), path)
+    return _not_empty(load_folder(path, seed, all_good, only_test), path)
 
 
 def composition(dataset: Dataset) -> list[tuple[str, int, str, str]]:

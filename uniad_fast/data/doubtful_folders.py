@@ -3,7 +3,20 @@
 from pathlib import Path
 
 from ..printable import printable
-from .folder_names import DEFECTS, MASK_STEM, NOT_GOOD, TRAIN, UNLABELLED, VALIDATION, folders, listed, shown
+from .folder_names import (
+    MASK_STEM,
+    MASKS,
+    TEST,
+    TRAIN,
+    UNLABELLED,
+    VALIDATION,
+    folders,
+    is_defective,
+    is_defective_alone,
+    is_doubtful,
+    listed,
+    shown,
+)
 from .image_files import find_images
 from .samples import DataError, is_good
 
@@ -13,16 +26,19 @@ _MOST_FOLDERS = 10_000
 def refuse_if_doubtful(root: Path) -> None:
     """DataError if anything in this folder of good images looks like defects, tests or masks."""
     own = root.name.lower()
-    doubtful = [root] if own in NOT_GOOD or UNLABELLED.match(own) else []
+    doubtful = [root] if own in TEST | MASKS or is_defective_alone(root.name) or UNLABELLED.match(own) else []
     doubtful += _doubtful_below(root)
-    masks = [path for path in find_images(root).images if MASK_STEM.search(path.stem)]
+    images = find_images(root).images
+    masks = [path for path in images if MASK_STEM.search(path.stem)]
+    defects = [path for path in images if is_defective(path.stem)]
     good = [child for child in folders(root) if is_good(child.name)]
     beside = [child for child in folders(root) if child not in good] if good else []
-    if not doubtful and not masks and not beside:
+    if not doubtful and not masks and not defects and not beside:
         return
     reasons = [listed(shown(folder, root) for folder in sorted(doubtful))] if doubtful else []
     reasons += [f"{listed(c.name for c in beside)} beside {good[0].name}"] if beside and not doubtful else []
     reasons += [f"masks such as {printable(masks[0].name)}"] if masks and not doubtful else []
+    reasons += [f"images called like defects, such as {printable(defects[0].name)}"] if defects and not doubtful else []
     raise DataError(
         f"{root} may hold more than good images: {'; '.join(reasons)}. It is in none of the layouts that are known "
         "(docs/guide/data.md). Give the folder of good images itself, or, if every image in it is good, add --all-good"
@@ -31,8 +47,8 @@ def refuse_if_doubtful(root: Path) -> None:
 
 def refuse_if_mixed(pictures: Path, folder: Path) -> None:
     """DataError if the folder of one kind of image holds folders of others, or parts of another layout."""
-    own = pictures.name.lower() in DEFECTS
-    mixed = [p for p in _doubtful_below(pictures) if not (own and p.name.lower() in DEFECTS)]
+    own = not is_good(pictures.name)
+    mixed = [p for p in _doubtful_below(pictures) if not (own and is_defective(p.name))]
     if not is_good(pictures.name) and pictures.name.lower() != "rgb":
         mixed += [child for child in folders(pictures) if is_good(child.name)]
     if mixed:
@@ -43,15 +59,16 @@ def refuse_if_mixed(pictures: Path, folder: Path) -> None:
 
 
 def _doubtful_below(folder: Path) -> list[Path]:
-    """Folders somewhere below whose names speak of something else than good images."""
+    """Folders somewhere below whose names speak of something else than good images; links are followed, each once."""
     doubtful: list[Path] = []
-    pending, seen = folders(folder), 0
-    while pending and seen < _MOST_FOLDERS:
+    pending, seen = folders(folder), {folder.resolve()}
+    while pending and len(seen) < _MOST_FOLDERS:
         below = pending.pop()
-        seen += 1
+        place = below.resolve()
         name = below.name.lower()
-        if name in NOT_GOOD | TRAIN | VALIDATION or UNLABELLED.match(name):
+        if is_doubtful(below.name) or name in TRAIN | VALIDATION or UNLABELLED.match(name):
             doubtful.append(below)
-        elif not below.is_symlink():
+        elif place not in seen:
             pending += folders(below)
+        seen.add(place)
     return doubtful

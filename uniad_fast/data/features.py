@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +71,16 @@ def finite_tokens(
 def digest(path: Path) -> str | None:
     """SHA-256 of the file; None if it can't be read, which the extraction will say."""
     try:
-        return sha256_of_file(path)
+        found = path.stat()
+        return _digest(path, found.st_ino, found.st_size, found.st_mtime_ns)
     except (OSError, ValueError):
         return None
+
+
+@lru_cache(1 << 18)
+def _digest(path: Path, *_state: int) -> str:
+    """Read once as long as the file is as it was: several ask, and a slow disk takes its time."""
+    return sha256_of_file(path)
 
 
 def key_of(

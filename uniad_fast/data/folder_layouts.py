@@ -17,15 +17,15 @@ from pathlib import Path
 from ..printable import printable
 from .doubtful_folders import refuse_if_doubtful, refuse_if_mixed
 from .folder_names import (
-    DEFECTS,
     MASKS,
-    NOT_GOOD,
     TEST,
     TRAIN,
     UNLABELLED,
     VALIDATION,
     below,
     folders,
+    is_defective,
+    is_defective_alone,
     listed,
     named,
     shown,
@@ -37,8 +37,10 @@ from .samples import GOOD, DataError, Dataset, Sample, hold_out, is_good
 _SHARE_OF_TEST = 0.2  # of good images, where the layout brings no split
 
 
-def load_folder(root: Path, seed: int, all_good: bool) -> Dataset:
+def load_folder(root: Path, seed: int, all_good: bool, only_test: bool = False) -> Dataset:
     """The data set in a folder, by the first layout of the module's table that fits.
+
+    only_test: nothing is learnt from it, so that a class may have a test folder alone.
 
     Raises:
         DataError: a folder may hold defects, masks or tests, and no layout says which.
@@ -47,13 +49,15 @@ def load_folder(root: Path, seed: int, all_good: bool) -> Dataset:
     notes: list[str] = []
     if all_good:
         return Dataset(root.name, _images(root, root, root.name, GOOD, notes), [], notes)
-    if _is_class(root):
-        return _load_classes(root, [root], seed, notes)
+    if _is_class(root, only_test):
+        return _load_classes(root, [root], seed, notes, only_test)
     children = folders(root)
-    classes = [child for child in children if child.name.lower() not in NOT_GOOD and _is_class(child)]
+    classes = [child for child in children if not _is_kind(child.name) and _is_class(child, only_test)]
     if not classes:
         refuse_if_doubtful(root)
-        return Dataset(root.name, _images(root, root, root.name, GOOD, notes), [], notes)
+        images = _images(root, root, root.name, GOOD, notes)
+        _note_folders(root, images, notes)
+        return Dataset(root.name, images, [], notes)
     others = [child for child in children if child not in classes and find_images(child).images]
     if others:
         raise DataError(
@@ -64,15 +68,21 @@ def load_folder(root: Path, seed: int, all_good: bool) -> Dataset:
     loose = [p for p in root.iterdir() if p.is_file() and p.suffix.lower() in EXTENSIONS]
     if loose:
         notes.append(f"{len(loose)} images beside the classes' folders")
-    return _load_classes(root, classes, seed, notes)
+    return _load_classes(root, classes, seed, notes, only_test)
 
 
-def _is_class(folder: Path) -> bool:
-    return _is_split(folder) or _is_raw(folder) or _is_kinds(folder)
+def _is_class(folder: Path, only_test: bool) -> bool:
+    return _is_split(folder, only_test) or _is_raw(folder) or _is_kinds(folder)
 
 
-def _is_split(folder: Path) -> bool:
-    return bool(named(folder, TRAIN)) and (folder.name.lower() not in TRAIN | TEST)
+def _is_kind(name: str) -> bool:
+    """Whether a folder is called like a part of a data set and not like a class."""
+    return name.lower() in TEST | MASKS or is_defective_alone(name)
+
+
+def _is_split(folder: Path, only_test: bool) -> bool:
+    parts = TRAIN | TEST if only_test else TRAIN
+    return bool(named(folder, parts)) and (folder.name.lower() not in TRAIN | TEST)
 
 
 def _is_raw(folder: Path) -> bool:
@@ -83,21 +93,21 @@ def _is_raw(folder: Path) -> bool:
 def _is_kinds(folder: Path) -> bool:
     """Good and defective images side by side, and nothing that is neither."""
     names = {child.name.lower() for child in folders(folder)}
-    good, defects = {n for n in names if is_good(n)}, names & DEFECTS
+    good, defects = {n for n in names if is_good(n)}, {n for n in names if is_defective(n)}
     return bool(good and defects) and names <= good | defects | MASKS and folder.name.lower() not in TEST | TRAIN
 
 
-def _load_classes(root: Path, classes: list[Path], seed: int, notes: list[str]) -> Dataset:
+def _load_classes(root: Path, classes: list[Path], seed: int, notes: list[str], only_test: bool) -> Dataset:
     train: list[Sample] = []
     test: list[Sample] = []
     for folder in classes:
-        if _is_split(folder):
+        if _is_split(folder, only_test):
             good, tested = _load_split(folder, notes)
         elif _is_raw(folder):
             good, tested = _load_raw(folder, seed, notes)
         else:
             good, tested = _load_kinds(folder, seed, notes)
-        if not good:
+        if not good and not only_test:
             raise DataError(f"{folder}: no good image to learn from")
         train += good
         test += tested
@@ -189,6 +199,14 @@ def _images(folder: Path, shown: Path, class_name: str, kind: str, notes: list[s
 def _pictures(kind: Path) -> Path:
     """Where a kind's pictures lie: in MVTec 3D-AD, beside its point clouds and masks."""
     return below(kind, "rgb") or kind
+
+
+def _note_folders(root: Path, images: list[Sample], notes: list[str]) -> None:
+    """Which folders' images are learnt as good ones, where nobody has called them so."""
+    parts = Counter(path.parts[0] for s in images if len((path := s.path.relative_to(root)).parts) > 1)
+    if parts and not is_good(root.name):
+        shown = listed(f"{name} ({count})" for name, count in sorted(parts.items()))
+        notes.append(f"{printable(root.name)}: learnt from as good are its folders {shown}")
 
 
 def _note_loose(part: Path, folder: Path, notes: list[str]) -> None:

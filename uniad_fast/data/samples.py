@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import UniadFastError
 
 GOOD = "good"
-_GOOD_WORDS = frozenset({"good", "ok", "normal"})
+GOOD_WORDS = frozenset({"good", "ok", "normal"})
 
 
 class DataError(UniadFastError):
@@ -41,7 +41,7 @@ class Dataset:
 
 def is_good(kind: str) -> bool:
     """Whether the name of a kind of image means a good one: "good", "ok" or "normal", in any case."""
-    return kind.strip().lower() in _GOOD_WORDS
+    return kind.strip().lower() in GOOD_WORDS
 
 
 def hold_out(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:

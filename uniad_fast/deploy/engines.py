@@ -14,9 +14,10 @@ from ..detect.detector import AnomalyDetector
 from ..packages import require
 from ..printable import printable
 from .engine_files import EngineFiles
-from .examine import BOUNDS, OF_MAPS, EngineError, Examined, examine, reason_of, rows_of
+from .examine import BOUNDS, EngineError, Examined, examine, reason_of, rows_of
 from .export import SUFFIXES
 from .exported import measured_by_file
+from .parity import OF_MAPS
 from .plans import Plan, plans_here, runner
 
 ENGINES = ("auto", "torch", "openvino", "onnxruntime")

@@ -20,15 +20,14 @@ from ..detect.detector import AnomalyDetector
 from ..detect.pipeline import Measured
 from ..errors import UniadFastError
 from ..progress import progress
+from ..signals import stop_if_asked
 from .engine_files import EngineFiles
-from .parity import difference
+from .parity import OF_MAPS, difference
 from .plans import Measure, Plan, plans_here, runner
 
 BOUNDS = {"float32": 0.05, "bfloat16": 0.5}
 """Largest difference of an image's score, in standard deviations of good images. In bfloat16 verdicts near the
 threshold change: it has to be asked for."""
-OF_MAPS = 4
-"""So many times as much in a map."""
 _EXAMINED = 16
 _ROUNDS = 7
 _SECONDS = 20.0  # for the rounds of all engines together
@@ -102,6 +101,7 @@ def examine(
         imports = {name: _seconds_to_import(name) for name in sorted({plan.engine for plan in wanted})}
         ready: dict[Plan, tuple[Measure, float]] = {}
         for plan in wanted:
+            stop_if_asked()
             try:
                 if plan.engine != "torch":
                     files.graph(plan.part)
@@ -113,6 +113,7 @@ def examine(
                 rows += [_failed(plan, batch, error) for batch in batches]
             bar.update(1)
         for batch in batches:
+            stop_if_asked()
             rows += _examined(detector, sample, batch, ready)
             bar.update(1)
     # What has failed may do so no more.

@@ -23,6 +23,7 @@ from ..errors import UniadFastError
 from ..files import atomic_path
 from ..image_size import in_json
 from ..packages import require
+from ..signals import stop_if_asked
 from ..state_dicts import hash_of_state_dict
 from .graph import INNER, OUTPUTS, DetectorGraph
 from .quantize import quantized
@@ -154,6 +155,7 @@ def _write_onnx(
     import onnx
 
     model = onnx_model(program, example, outputs)
+    stop_if_asked()
     onnx.helper.set_model_props(model, {METADATA: metadata})
     onnx.checker.check_model(model)
     onnx.save(model, str(path))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UniadFastError
-from ..files import locked
+from ..files import WATCH_LOCK, locked
 from ..printable import table_cell
 
 
@@ -33,7 +33,7 @@ class Journal:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._fields = tuple(fields)
-        self._lock = locked(directory / ".watch.lock", wait=False)
+        self._lock = locked(directory / WATCH_LOCK, wait=False)
         if not self._lock.__enter__():
             raise UniadFastError(f"another process writes into {directory}")
         self._lines, self._table = directory / "scores.jsonl", directory / "scores.csv"

@@ -1,5 +1,6 @@
 """ONNX Runtime and OpenVINO on this machine's processor: a graph in a file, run with so many threads."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,4 +48,7 @@ def openvino_request(model: Any, threads: int | None, precision: str = "float32"
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
-    return openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    # Where it is compiled, OpenVINO leaves a stack for signals, which goes with the model: a signal that comes to a
+    # thread whose stack another one has freed ends the process.
+    with ThreadPoolExecutor(1, "openvino") as thread:
+        return thread.submit(openvino.Core().compile_model, model, "CPU", options).result().create_infer_request()

@@ -29,6 +29,7 @@ FIELDS = ("image", "class", "score", "label", "threshold", "heat_map", "regions"
 _EVERY = 0.1  # seconds between two looks
 _COMMAND_SECONDS = 60
 _TRIES = 5  # to read a file that the system does not give
+_EMPTY = 10.0  # seconds until a file without a byte is no more taken for one that is being written
 _LOOK_AROUND = 60.0  # seconds between two looks at the whole folder
 
 
@@ -92,7 +93,7 @@ class _Arriving(FileSystemEventHandler):
         """Something happened to this file; it is not looked at before so many seconds are over."""
         inside = path.relative_to(self._folder)
         is_hidden = any(part.startswith(".") for part in inside.parts)
-        if path.suffix.lower() in EXTENSIONS and not is_hidden and self._without not in path.absolute().parents:
+        if path.suffix.lower() in EXTENSIONS and not is_hidden and self._without not in path.resolve().parents:
             with self._lock:
                 self._files.setdefault(path, (State(-1, -1), time.monotonic() + after))
 
@@ -112,7 +113,7 @@ class _Arriving(FileSystemEventHandler):
                     del self._files[path]
                 elif state != before:
                     self._files[path] = (state, time.monotonic())
-                elif time.monotonic() - since >= settle and state.size:
+                elif time.monotonic() - since >= (settle if state.size else max(settle, _EMPTY)):
                     ready.append((path, state))
                     del self._files[path]
         return ready
@@ -138,8 +139,8 @@ def watch(
     Raises:
         UniadFastError: another process watches into `output`, or that holds the folder.
     """
-    folder, inside = folder.absolute(), output.absolute()
-    if inside == folder or inside in folder.parents:
+    folder, inside = folder.absolute(), output.resolve()  # whatever links lead there
+    if inside == folder.resolve() or inside in folder.resolve().parents:
         raise UniadFastError(f"{output} holds {folder}: write to a folder in it, or elsewhere")
     journal = Journal(output, FIELDS)
     known = {(row.get("image"), row.get("bytes"), row.get("modified")) for row in journal.rows}
@@ -227,8 +228,11 @@ def _rows(
 
 
 def _name_of(inside: Path) -> Path:
-    """Of an image's picture: its own, with .png after another suffix, so that a.png and a.jpg have one each."""
-    return inside if inside.suffix == ".png" else inside.with_name(f"{inside.name}.png")
+    """Of an image's picture: its own, with .png after another suffix or several: a.png, a.jpg and a.jpg.png have one
+    each.
+    """
+    alone = inside.suffix == ".png" and Path(inside.stem).suffix.lower() not in EXTENSIONS
+    return inside if alone else inside.with_name(f"{inside.name}.png")
 
 
 def _tell(row: dict[str, Any], options: WatchOptions, say: Callable[[str], object]) -> None:

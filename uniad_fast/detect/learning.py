@@ -43,6 +43,7 @@ from .fitting import (
 from .good_images import training_split
 from .mosaic import Pictures, by_majority, pictures_of
 from .pipeline import Pipeline
+from .seen_images import LEARNT_FROM, marks_of, refuse_if_seen, without_copies
 from .settings import DetectorSettings
 from .trained import Recognition, Trained
 
@@ -138,12 +139,14 @@ def learn(
     """
     if before is not None and not before.classes:
         raise DataError("this detector does not know which classes it was trained on: train anew")
-    kept, held_out = training_split(samples, settings.held_out, settings.seed)
+    copies: list[str] = []
+    kept, held_out = training_split(without_copies(samples, copies), settings.held_out, settings.seed)
     if before is None:
         backbone = new_backbone(settings, where.backbone_weights).to(where.device)
     else:
         backbone = before.pipeline.backbone
     good, unreadable, notes = _read(settings, backbone, kept, held_out, where)
+    notes = copies + notes
     if before is not None and (gone := sorted(set(before.classes) - set(good.classes))):
         raise DataError(
             f"no good image of {', '.join(map(printable, gone))}, which the detector knows: it would forget what it is "
@@ -157,7 +160,7 @@ def learn(
     log = _train(pipeline, good, settings, recipe, run, where, origin)
     pipeline.roi = looked_at
     calibration, recognition = _fitted_by_first(pipeline, good, settings)
-    trained_with = _machine(recipe, where.device)
+    trained_with = _machine(recipe, where.device) | {LEARNT_FROM: marks_of(good.kept + good.held_out)}
     content = (settings, pipeline.eval(), calibration, good.classes, recognition, trained_with, log)
     return Learned(Trained(*content), unreadable, notes)
 
@@ -191,6 +194,7 @@ def recalibrated(trained: Trained, samples: list[Sample], where: Surroundings) -
         UniadFastError: a score is not finite.
     """
     settings, pipeline = trained.settings, trained.pipeline
+    refuse_if_seen(samples, trained.trained_with.get(LEARNT_FROM, ""))
     found = where.features(pipeline.backbone, settings, samples, "features of good images")
     if not len(found.tokens):
         raise DataError("calibration needs a readable good image" + "".join(f"\n  {m}" for m in found.unreadable))

@@ -125,7 +125,7 @@ def write_evaluation(evaluation: Evaluation, directory: str | os.PathLike) -> li
         written = [_write_text(directory / "decisions.csv", _csv(list(outcomes[0]), outcomes))]
     rows = [{"class": name} | values for name, values in _rows(evaluation)]
     scores = [
-        {"image": str(sample.path), "class": sample.class_name, "kind": sample.kind, "score": f"{score:.9g}"}
+        {"image": str(sample.path), "class": sample.class_name, "kind": sample.kind, "score": float(f"{score:.9g}")}
         for sample, score in zip(evaluation.samples, evaluation.scores, strict=True)
     ]
     return [

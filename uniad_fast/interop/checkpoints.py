@@ -16,7 +16,7 @@ import torch
 from ..detect.detector import AnomalyDetector
 from ..detect.public_config import IMAGENET, check_stored_network, read_config
 from ..detect.settings import DetectorSettings
-from ..files import atomic_path
+from ..files import atomic_path, save_tensors
 from ..image_size import ImageSize, Size, in_words, size_of
 from ..models.architecture import Architecture, read_architecture
 from ..models.backbone import Backbone
@@ -227,7 +227,7 @@ def save(detector: AnomalyDetector | UniAD, path: str | os.PathLike, layout: str
             save_file(state, partial)
         else:
             wrapped = {"uniad": {"state_dict": state, "epoch": 0, "best_metric": 0.0}, "ader": {"net": state}}
-            torch.save(wrapped.get(layout, state), partial)
+            save_tensors(wrapped.get(layout, state), partial)
     return differs
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import UniadFastError
-from ..files import atomic_path
+from ..files import atomic_path, save_tensors
 from ..printable import printable
 from . import generators
 from .patience import Patience
@@ -99,7 +99,7 @@ class Checkpoint:
         content = {name: part.state_dict() for name, part in self._parts.items()}
         content |= {"run": json.dumps(self._run), "step": step, "generators": generators.states(self._device)}
         with atomic_path(self._path) as path:
-            torch.save(content, path)
+            save_tensors(content, path)
 
     def read(self) -> dict[str, Any] | None:
         """What is in the file, for `restore`; None if there is none yet (killed before the first)."""
