@@ -76,8 +76,8 @@ def _check(detector: AnomalyDetector, output: Path, paths: list[Path], precision
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     what = "the median score of int8" if precision == "int8" else exported.engine
     say(
-        f"wrote {target}; {what} may differ by {bound} standard deviations of good images, a map by four times that, on "
-        "images that it resizes by five times as much"
+        f"wrote {target}; {what} may differ by {bound} standard deviations of good images, a map by four times that, "
+        "on images that it resizes by five times as much"
     )
     if not all(parity.within(precision) for parity in found):
         raise UniadFastError(f"{output} differs from the detector by more than it may: do not use it")
