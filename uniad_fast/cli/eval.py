@@ -89,20 +89,22 @@ def evaluate_command(
         say("\n" + _compared(detector, dataset, evaluation, told, quiet))
     if evaluation.decisions is not None:
         say("\n" + results.decisions_table(evaluation.decisions) + "\n")
-    if output is not None and current().is_first:
-        _write(detector, evaluation, output, told)
+    not_drawn = _write(detector, evaluation, output, told) if output is not None and current().is_first else []
     list_problems("left out", evaluation.unreadable)
     list_problems("not finite", evaluation.not_finite)
-    raise typer.Exit(ERROR if evaluation.not_finite else INCOMPLETE if evaluation.unreadable else 0)
+    raise typer.Exit(ERROR if evaluation.not_finite else INCOMPLETE if evaluation.unreadable or not_drawn else 0)
 
 
-def _write(detector: AnomalyDetector, evaluation: Evaluation, output: Path, told: bool) -> None:
+def _write(detector: AnomalyDetector, evaluation: Evaluation, output: Path, told: bool) -> list[str]:
+    """What could not be drawn, which is said."""
+    not_drawn: list[str] = []
     for path in results.write_evaluation(evaluation, output):
         say(f"wrote {path}")
     if detector.is_calibrated:
         pictures, not_drawn = draw_results(detector, evaluation, output / "pictures", told)
         say(f"wrote {len(pictures)} pictures of the worst and best verdicts to {output / 'pictures'}")
         list_problems("not drawn", not_drawn)
+    return not_drawn
 
 
 def _compared(

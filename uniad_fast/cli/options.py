@@ -240,6 +240,8 @@ def check_folder(folder: Path | None, alone: bool = False) -> None:
         folder = folder.parent
     if folder is not None and not folder.is_dir():
         raise UniadFastError(f"{folder} is a file, and results need a folder")
+    if folder is not None and not os.access(folder, os.W_OK):
+        raise UniadFastError(f"{folder} can't be written to")
 
 
 def threshold_sentence(detector: AnomalyDetector) -> str:

@@ -59,7 +59,8 @@ def report(
             Shown.of(sample) for sample in load_dataset(data, image_root, detector.settings.seed, only_test=True).test
         ]
     if not images:
-        raise DataError(f"{data} has no test images; of a folder of images without labels, say --unlabelled")
+        hint = "" if unlabelled else "; of a folder of images without labels, say --unlabelled"
+        raise DataError(f"{data} has no {'images' if unlabelled else 'test images'}{hint}")
     set_engine(detector, engine, "float32", [one.path for one in images], _BATCH, quiet)
     title = f"{Path(bundle).name} on {Path(data).name}"
     written = write_report(detector, images, output, title, quiet=quiet)

@@ -96,7 +96,9 @@ class DetectorSettings:
         object.__setattr__(self, "seed", int(self.seed))  # NumPy's are no JSON
         if not isinstance(self.aligned, bool) or (self.aligned and self.tiling is None):
             raise UniadFastError(
-                f"aligned must be true or false, and true of pictures in tiles alone, got {self.aligned!r}"
+                f"aligned ({self.aligned!r}) is for pictures in tiles: give tiles too (--tile), or leave it out"
+                if isinstance(self.aligned, bool)
+                else f"aligned must be true or false, got {self.aligned!r}"
             )
 
     @property

@@ -110,19 +110,24 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
         with_rows, with_weight, with_bias = ctx.needs_input_grad
+        chosen = _by_onednn(rows, weight)
         return (
-            _product("gradient of tokens", out_gradient, weight) if with_rows else None,
-            _product("gradient of weight", out_gradient.t(), rows) if with_weight else None,
+            _product("gradient of tokens" in chosen, out_gradient, weight) if with_rows else None,
+            _product("gradient of weight" in chosen, out_gradient.t(), rows) if with_weight else None,
             out_gradient.sum(0) if with_bias else None,
         )
 
 
 def _output(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return onednn(rows, weight, bias) if "output" in by_onednn() else F.linear(rows, weight, bias)
+    return onednn(rows, weight, bias) if "output" in _by_onednn(rows, weight) else F.linear(rows, weight, bias)
 
 
-def _product(kind: str, left: Tensor, right: Tensor) -> Tensor:
-    if kind in by_onednn():
+def _by_onednn(rows: Tensor, weight: Tensor) -> frozenset[str]:
+    return by_onednn(rows.shape[0], weight.shape[1], weight.shape[0])
+
+
+def _product(is_onednns: bool, left: Tensor, right: Tensor) -> Tensor:
+    if is_onednns:
         return onednn(left, right.t(), None)
     with torch.autocast("cpu", enabled=False):  # a backward pass may be called inside
         return left @ right

@@ -1,4 +1,4 @@
-"""Which library multiplies float32 on this processor, torch's own or oneDNN, by the kind of product.
+"""Which library multiplies float32 on this processor, torch's own or oneDNN, by the product's kind and shape.
 
 Torch's own is MKL as a rule, which on some processors stops at AVX2, where oneDNN is twice as fast. On others it is the
 faster one, above all for gradients of weights: their operands are transposed, and oneDNN copies them. It is measured
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 KINDS = ("output", "gradient of tokens", "gradient of weight")
-_ROWS, _INS, _OUTS = 8 * 196, 256, 1024
-"""Of what is measured: eight images of the paper's, an FFN's first layer."""
+OF_DOCTOR = (2048, 256, 1024)
+"""Rows, channels in and out of what `doctor` tells: eight images of the paper's, an FFN's first layer."""
+_FEWEST, _MOST = 256, 2048
+"""Rows that are measured: powers of two between these stand for all numbers of rows."""
 _ROUNDS = 7
 _GAIN = 1.05
 """By which oneDNN has to be faster."""
@@ -34,21 +36,28 @@ def onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
+def by_onednn(rows: int, ins: int, outs: int) -> frozenset[str]:
+    """The kinds of product of a linear layer, rows x ins to rows x outs, that oneDNN computes here.
+
+    All of them where a measurement can't be remembered.
+    """
+    return _chosen(min(max(1 << (rows - 1).bit_length(), _FEWEST), _MOST), ins, outs)
+
+
 @cache
-def by_onednn() -> frozenset[str]:
-    """The kinds of product that oneDNN computes here; all of them where the measurement can't be remembered."""
+def _chosen(rows: int, ins: int, outs: int) -> frozenset[str]:
     from ..kernels.cpu import build
 
     if not has_onednn():
         return frozenset()
-    found = build.remembered("products", _measured)
+    found = build.remembered(f"products-{rows}-{ins}-{outs}", lambda: _measured(rows, ins, outs))
     return frozenset(KINDS if found is None else (kind for kind in KINDS if found.get(kind, 0.0) > _GAIN))
 
 
-def _measured() -> dict[str, float]:
+def _measured(count: int, ins: int, outs: int) -> dict[str, float]:
     """How many times as fast as torch's own oneDNN is, by kind."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        shapes = ((_ROWS, _INS), (_OUTS, _INS), (_OUTS,), (_ROWS, _OUTS))
+        shapes = ((count, ins), (outs, ins), (outs,), (count, outs))
         rows, weight, bias, gradient = (torch.ones(s, dtype=torch.float32, device="cpu") for s in shapes)
         ways: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
             KINDS[0]: (lambda: onednn(rows, weight, bias), lambda: torch.addmm(bias, rows, weight.t())),

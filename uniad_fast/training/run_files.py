@@ -110,10 +110,8 @@ class Checkpoint:
             run = json.loads(content["run"])
         except Exception as error:  # torch.load raises many kinds for a damaged file
             raise ResumeError(f"{self._path} is not a checkpoint that can be read: {error}") from error
-        differing = sorted(name for name in self._run.keys() | run.keys() if self._run.get(name) != run.get(name))
-        if differing:
-            changes = "; ".join(f"{n}: was {run.get(n)}, is {self._run.get(n)}" for n in differing)
-            raise ResumeError(f"{self._path} is the checkpoint of another run ({changes})")
+        if changes := _differences(run, self._run):
+            raise ResumeError(f"{self._path} is the checkpoint of another run ({'; '.join(changes)})")
         return content
 
     def restore(self, content: dict[str, Any]) -> int:
@@ -128,6 +126,18 @@ class Checkpoint:
         except Exception as error:
             raise ResumeError(f"{self._path} is a damaged checkpoint: {error}") from error
         return step
+
+
+def _differences(was: dict[str, Any], now: dict[str, Any], inside: str = "") -> list[str]:
+    """What is another value, by its name; of tables in tables, the names that differ."""
+    found: list[str] = []
+    for name in sorted(was.keys() | now.keys()):
+        before, after = was.get(name), now.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{inside}{name}.")
+        elif before != after:
+            found.append(f"{inside}{name}: was {before}, is {after}")
+    return found
 
 
 class Log:
