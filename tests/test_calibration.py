@@ -149,3 +149,9 @@ def test_no_rate_that_is_asked_for_shows_more_than_the_images_do(rate):
     found = threshold_for(np.random.default_rng(0).normal(size=40), rate)
     assert found.extrapolated and found.rate == rate
     assert found.interval[0] < rate and found.interval[1] == pytest.approx(1 - 0.025 ** (1 / 40))
+
+
+def test_a_threshold_below_the_largest_score_shows_less():
+    found = threshold_for([*np.linspace(0, 1, 39), 12.0], 0.02)
+    assert found.extrapolated and 1 < found.value < 12
+    assert found.interval[1] == pytest.approx(0.132, abs=1e-3)  # of Beta(2, 39)

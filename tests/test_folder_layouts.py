@@ -214,3 +214,12 @@ def test_to_be_tested_on_a_class_needs_no_images_to_learn_from(tmp_path):
     assert counts(load_dataset(tmp_path / "bolt", only_test=True))["bolt"][1] == "1 good, 1 bent"
     with pytest.raises(DataError):
         load_dataset(tmp_path)
+
+
+def test_a_test_folder_beside_classes_is_not_all_there_is(tmp_path):
+    tree(tmp_path / "a", "bolt/train/good/0.png", "bolt/test/good/0.png", "test/good/1.png")
+    with pytest.raises(DataError, match="and no such folders"):
+        load_dataset(tmp_path / "a", only_test=True)
+    tree(tmp_path / "b", "good/0.png", "bad/1.png", "test/good/2.png")
+    with pytest.raises(DataError, match="may hold more than good images"):
+        load_dataset(tmp_path / "b", only_test=True)

@@ -24,6 +24,7 @@ def test_copies_of_a_class_are_used_once_and_counted(tmp_path):
     assert [s.path.relative_to(tmp_path).as_posix() for s in kept] == ["a/0.png", "a/1.png", "b/0.png", "gone.png"]
     assert len(notes) == 1 and notes[0].startswith("2 images are copies of others") and "2.png" in notes[0]
     assert without_copies(kept, notes) == kept and len(notes) == 1
+    assert without_copies([kept[0], kept[0]], notes) == [kept[0]] and len(notes) == 2
 
 
 def test_what_was_learnt_from_is_known_by_its_content(tmp_path):
@@ -33,6 +34,8 @@ def test_what_was_learnt_from_is_known_by_its_content(tmp_path):
     others = samples(tmp_path / "b", {f"{i}.png": bytes([9, i]) for i in range(3)})
     refuse_if_seen(others, marks)
     refuse_if_seen(learnt, "")  # of a bundle that remembers none
+    with pytest.raises(DataError, match="has learnt from 5 of these 5 images"):
+        refuse_if_seen(learnt, marks_of(others, marks))  # of one that went on learning
     with pytest.raises(DataError, match=r"has learnt from 1 of these 4 images, such as .*renamed\.png"):
         refuse_if_seen([*others, Sample(tmp_path / "renamed.png", "other")], marks)
 

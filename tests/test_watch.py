@@ -193,6 +193,8 @@ def test_an_empty_file_is_waited_for_longer_and_then_said(tmp_path, monkeypatch)
     arriving, found = watching._Arriving(tmp_path, tmp_path / "out"), {}
     for path in tmp_path.iterdir():
         arriving.seen(path)
+    (tmp_path / "circle.png").symlink_to(tmp_path / "circle.png")
+    arriving.seen(tmp_path / "circle.png")  # which is no image, and no end of the watching either
     began = time.monotonic()
     while len(found) < 2 and time.monotonic() - began < 20:
         found |= {path.name: time.monotonic() - began for path, _ in arriving.complete(0.0, 9)}

@@ -114,7 +114,8 @@ def whole_sequence_gradient_tile(tokens: int, element_size: int, head_dim: int, 
         return None
     generation = _generation(chip)
     fits_blackwell = tokens <= 144 or tokens in (196, 256)
-    if generation == "sm_9" or chip in ("sm_86", "sm_87", "sm_89") or (generation == "sm_10" and fits_blackwell):
+    is_ada = generation == "sm_8" and chip != "sm_80"
+    if generation == "sm_9" or is_ada or (generation == "sm_10" and fits_blackwell):
         return TileConfig(128, 64, 8, 1, whole=True)
     wide = tokens == 196 and generation not in ("sm_10", "sm_12")
     return TileConfig(64, 64 if wide else 32, 4, 1, whole=True)
@@ -131,8 +132,10 @@ def chip_of(device: torch.device) -> str:
 
 
 def _generation(chip: str) -> str:
-    """What a chip's kernels are chosen by: "sm_9" of "sm_90", "gfx" of "gfx942"."""
-    return "gfx" if chip.startswith("gfx") else chip[:-1]
+    """What a chip's kernels are chosen by: "sm_9" of "sm_90", "gfx" of "gfx942"; sm_11 is of Blackwell's, as sm_10."""
+    if chip.startswith("gfx"):
+        return "gfx"
+    return "sm_10" if chip[:-1] == "sm_11" else chip[:-1]
 
 
 def dot_precision(tile: TileConfig) -> str:

@@ -13,6 +13,7 @@ from ..detect.beside import beside
 from ..detect.detector import AnomalyDetector
 from ..detect.evaluation import Evaluation, evaluate
 from ..detect.result_pictures import draw_results
+from ..printable import printable
 from ..training.processes import current
 from .options import (
     ERROR,
@@ -110,6 +111,8 @@ def _write(detector: AnomalyDetector, evaluation: Evaluation, output: Path, told
 def _compared(
     detector: AnomalyDetector, dataset: Dataset, evaluation: Evaluation, class_from_data: bool, quiet: bool
 ) -> str:
+    if missing := sorted({s.class_name for s in dataset.test} - {s.class_name for s in dataset.train}):
+        raise DataError(f"--beside learns from good images, and there is none of {printable(', '.join(missing[:5]))}")
     others = {
         name: evaluate(other, dataset.test, class_from_data=class_from_data, quiet=quiet)
         for name, other in beside(detector, dataset.train, quiet).items()

@@ -74,10 +74,11 @@ def _check(detector: AnomalyDetector, output: Path, paths: list[Path], precision
     target = output.with_name(output.name + _SUFFIX)
     with atomic_path(target) as path:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    of_maps = "" if precision == "int8" else ", a map by four times that"
     what = "the median score of int8" if precision == "int8" else exported.engine
     say(
-        f"wrote {target}; {what} may differ by {bound} standard deviations of good images, a map by four times that, "
-        "on images that it resizes by five times as much"
+        f"wrote {target}; {what} may differ by {bound} standard deviations of good images{of_maps}, on images that it "
+        "resizes by five times as much"
     )
     if not all(parity.within(precision) for parity in found):
         raise UniadFastError(f"{output} differs from the detector by more than it may: do not use it")

@@ -232,7 +232,7 @@ def check_folder(folder: Path | None, alone: bool = False) -> None:
 
     alone: nor if a watch writes its rows there, which others' would replace.
     """
-    if alone and folder is not None and (folder / WATCH_LOCK).exists():
+    if alone and folder is not None and current().is_first and (folder / WATCH_LOCK).exists():
         with locked(folder / WATCH_LOCK, wait=False) as is_free:
             if not is_free:
                 raise UniadFastError(f"uniad-fast watch writes into {folder}: choose another folder")

@@ -11,6 +11,7 @@ from .folder_names import (
     UNLABELLED,
     VALIDATION,
     folders,
+    is_called_defective,
     is_defective,
     is_defective_alone,
     is_doubtful,
@@ -30,7 +31,7 @@ def refuse_if_doubtful(root: Path) -> None:
     doubtful += _doubtful_below(root)
     images = find_images(root).images
     masks = [path for path in images if MASK_STEM.search(path.stem)]
-    defects = [path for path in images if is_defective(path.stem)]
+    defects = [path for path in images if is_called_defective(path.stem)]
     good = [child for child in folders(root) if is_good(child.name)]
     beside = [child for child in folders(root) if child not in good] if good else []
     if not doubtful and not masks and not defects and not beside:
@@ -47,7 +48,7 @@ def refuse_if_doubtful(root: Path) -> None:
 
 def refuse_if_mixed(pictures: Path, folder: Path) -> None:
     """DataError if the folder of one kind of image holds folders of others, or parts of another layout."""
-    own = not is_good(pictures.name)
+    own = not is_good(pictures.name) and pictures.name.lower() != "rgb"
     mixed = [p for p in _doubtful_below(pictures) if not (own and is_defective(p.name))]
     if not is_good(pictures.name) and pictures.name.lower() != "rgb":
         mixed += [child for child in folders(pictures) if is_good(child.name)]

@@ -77,7 +77,7 @@ def digest(path: Path) -> str | None:
         return None
 
 
-@lru_cache(1 << 18)
+@lru_cache(1 << 16)
 def _digest(path: Path, *_state: int) -> str:
     """Read once as long as the file is as it was: several ask, and a slow disk takes its time."""
     return sha256_of_file(path)

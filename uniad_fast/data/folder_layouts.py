@@ -49,11 +49,14 @@ def load_folder(root: Path, seed: int, all_good: bool, only_test: bool = False) 
     notes: list[str] = []
     if all_good:
         return Dataset(root.name, _images(root, root, root.name, GOOD, notes), [], notes)
-    if _is_class(root, only_test):
+    if _is_class(root, only_test=False):
         return _load_classes(root, [root], seed, notes, only_test)
     children = folders(root)
     classes = [child for child in children if not _is_kind(child.name) and _is_class(child, only_test)]
     if not classes:
+        beside = [child for child in children if is_good(child.name) or is_defective_alone(child.name)]
+        if only_test and _is_split(root, only_test) and not beside:
+            return _load_classes(root, [root], seed, notes, only_test)
         refuse_if_doubtful(root)
         images = _images(root, root, root.name, GOOD, notes)
         _note_folders(root, images, notes)

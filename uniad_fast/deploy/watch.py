@@ -93,7 +93,11 @@ class _Arriving(FileSystemEventHandler):
         """Something happened to this file; it is not looked at before so many seconds are over."""
         inside = path.relative_to(self._folder)
         is_hidden = any(part.startswith(".") for part in inside.parts)
-        if path.suffix.lower() in EXTENSIONS and not is_hidden and self._without not in path.resolve().parents:
+        if (
+            path.suffix.lower() in EXTENSIONS
+            and not is_hidden
+            and self._without not in Path(os.path.realpath(path)).parents
+        ):
             with self._lock:
                 self._files.setdefault(path, (State(-1, -1), time.monotonic() + after))
 
@@ -139,8 +143,8 @@ def watch(
     Raises:
         UniadFastError: another process watches into `output`, or that holds the folder.
     """
-    folder, inside = folder.absolute(), output.resolve()  # whatever links lead there
-    if inside == folder.resolve() or inside in folder.resolve().parents:
+    folder, inside = folder.absolute(), Path(os.path.realpath(output))  # whatever links lead there
+    if Path(os.path.realpath(folder)).is_relative_to(inside):
         raise UniadFastError(f"{output} holds {folder}: write to a folder in it, or elsewhere")
     journal = Journal(output, FIELDS)
     known = {(row.get("image"), row.get("bytes"), row.get("modified")) for row in journal.rows}

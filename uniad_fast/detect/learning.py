@@ -140,7 +140,10 @@ def learn(
     if before is not None and not before.classes:
         raise DataError("this detector does not know which classes it was trained on: train anew")
     copies: list[str] = []
-    kept, held_out = training_split(without_copies(samples, copies), settings.held_out, settings.seed)
+    samples = without_copies(samples, copies)
+    if len(samples) < 2 and copies:
+        raise DataError(f"training needs at least two good images, got {len(samples)}: {copies[0]}")
+    kept, held_out = training_split(samples, settings.held_out, settings.seed)
     if before is None:
         backbone = new_backbone(settings, where.backbone_weights).to(where.device)
     else:
@@ -160,7 +163,8 @@ def learn(
     log = _train(pipeline, good, settings, recipe, run, where, origin)
     pipeline.roi = looked_at
     calibration, recognition = _fitted_by_first(pipeline, good, settings)
-    trained_with = _machine(recipe, where.device) | {LEARNT_FROM: marks_of(good.kept + good.held_out)}
+    earlier = "" if before is None else before.trained_with.get(LEARNT_FROM, "")
+    trained_with = _machine(recipe, where.device) | {LEARNT_FROM: marks_of(good.kept + good.held_out, earlier)}
     content = (settings, pipeline.eval(), calibration, good.classes, recognition, trained_with, log)
     return Learned(Trained(*content), unreadable, notes)
 

@@ -21,25 +21,30 @@ def without_copies(samples: Sequence[Sample], notes: list[str]) -> list[Sample]:
     A copy that is held out to set a threshold by would score as an image that was trained on.
     """
     kept: dict[object, Sample] = {}
+    copies: list[Sample] = []
     for sample in samples:
-        content = digest(sample.path)
-        kept.setdefault((sample.class_name, content or sample.path), sample)
-    if copies := len(samples) - len(kept):
-        known = {id(sample) for sample in kept.values()}
-        first = next(sample for sample in samples if id(sample) not in known)
-        notes.append(f"{copies} images are copies of others, such as {printable(first.path)}: each is used once")
+        what = (sample.class_name, digest(sample.path) or sample.path)
+        if what in kept:
+            copies.append(sample)
+        kept.setdefault(what, sample)
+    if copies:
+        shown = f"{len(copies)} images are copies of others, such as {printable(copies[0].path)}: each is used once"
+        notes.append(shown)
     return list(kept.values())
 
 
-def marks_of(samples: Sequence[Sample]) -> str:
-    """What `refuse_if_seen` knows the images by: the beginnings of their digests in a row, those of the smallest."""
-    found = sorted({content[:_DIGITS] for sample in samples if (content := digest(sample.path))})
-    return "".join(found[:_MOST])
+def marks_of(samples: Sequence[Sample], before: str = "") -> str:
+    """What `refuse_if_seen` knows the images by: the beginnings of their digests in a row, those of the smallest.
+
+    before: those of images that it has learnt from earlier.
+    """
+    found = _apart(before) | {content[:_DIGITS] for sample in samples if (content := digest(sample.path))}
+    return "".join(sorted(found)[:_MOST])
 
 
 def refuse_if_seen(samples: Sequence[Sample], marks: str) -> None:
     """DataError if any image is one of those that `marks_of` was told."""
-    known = {marks[at : at + _DIGITS] for at in range(0, len(marks), _DIGITS)}
+    known = _apart(marks)
     seen = [s for s in samples if known and (content := digest(s.path)) and content[:_DIGITS] in known]
     if seen:
         raise DataError(
@@ -47,3 +52,7 @@ def refuse_if_seen(samples: Sequence[Sample], marks: str) -> None:
             f"{printable(seen[0].path)}: they score lower than others, and a threshold from them is too low. Give good "
             "images that it has not seen"
         )
+
+
+def _apart(marks: str) -> set[str]:
+    return {marks[at : at + _DIGITS] for at in range(0, len(marks), _DIGITS)}

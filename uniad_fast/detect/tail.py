@@ -71,9 +71,11 @@ def threshold_for(good_scores: Sequence[float] | NDArray, false_alarm_rate: floa
     distance = math.log(count / n / false_alarm_rate)  # in means of the tail
     # A rate is the share that the tail has, off by chance of its count, times e^-x, off by that of its mean.
     wide = math.exp(_NORMAL_95 * math.sqrt((1 + distance**2) / count))
-    # That the tail goes on as it begins, no score has shown: whatever it does, the last of them has this rate at most.
-    interval = (false_alarm_rate / wide, max(_interval(n, n)[1], min(1.0, false_alarm_rate * wide)))
-    return Threshold(float(start + mean * distance), false_alarm_rate, interval, True)
+    value = float(start + mean * distance)
+    # That the tail goes on as it begins, no score has shown: whatever it does, this many below it show this rate.
+    shown = _interval(max(1, int((ordered <= value).sum())), n)[1]
+    interval = (false_alarm_rate / wide, max(shown, min(1.0, false_alarm_rate * wide)))
+    return Threshold(value, false_alarm_rate, interval, True)
 
 
 def _interval(rank: int, n: int) -> tuple[float, float]:

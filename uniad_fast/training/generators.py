@@ -45,8 +45,8 @@ def kept(device: torch.device) -> Iterator[None]:
 def seeded_generators(seed: int, device: torch.device) -> Iterator[None]:
     """Torch's generators seeded for a run, and given back as they were."""
     with kept(device):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(int(seed))
         if device.type == "cuda":  # torch.manual_seed would seed all GPUs
             with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+                torch.cuda.manual_seed(int(seed))
         yield

@@ -31,7 +31,7 @@ from .captured_step import CapturedStep, CudaGraphs, Graphs
 from .device_batches import DeviceBatches
 from .generators import seeded_generators
 from .patience import Patience
-from .processes import Processes
+from .processes import ProcessError, Processes
 from .recipes import Recipe
 from .reconstruction_loss import ReconstructionLoss
 from .run_files import LOG_EVERY, Checkpoint, Log, RunFiles
@@ -163,13 +163,21 @@ class _Run:
         found compiled, by a first step that leaves nothing behind.
         """
         assert self.on_device is not None
-        if self.step < self.total:
-            self.criterion.train()
-            batch = self.on_device.at(self.step)
-            with generators.kept(self.criterion.mean.device), part_of_batch(batch.first):
-                self.criterion(batch.tokens).backward()
-            self.criterion.model.zero_grad(set_to_none=True)
-        self.together.wait()
+        failure: Exception | None = None
+        try:
+            if self.step < self.total:
+                self.criterion.train()
+                batch = self.on_device.at(self.step)
+                with generators.kept(self.criterion.mean.device), part_of_batch(batch.first):
+                    self.criterion(batch.tokens).backward()
+                self.criterion.model.zero_grad(set_to_none=True)
+        except Exception as error:  # the others must not wait for this process
+            failure = error
+        failed = [rank for rank, has_failed in enumerate(self.together.gather(failure is not None)) if has_failed]
+        if failure is not None:
+            raise failure
+        if failed:
+            raise ProcessError(f"process {failed[0]} failed in its first step")
 
     def release(self) -> None:
         """Let go of what a GPU holds for the training, at once: the graph's calls would keep it alive for a while, and
