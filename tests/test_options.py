@@ -17,10 +17,10 @@ from uniad_fast.state_dicts import WeightsError
 
 
 def test_a_fault_of_ours_is_told_from_the_users(monkeypatch, bundle, tmp_path):
-    monkeypatch.setattr(evaluating, "load_dataset", lambda *_: {}["x"])
+    monkeypatch.setattr(evaluating, "load_dataset", lambda *_, **__: {}["x"])
     code, output = run_command("eval", bundle, tmp_path)
     assert code == 70 and "Traceback" in output and "please report it" in output
-    monkeypatch.setattr(evaluating, "load_dataset", lambda *_: (_ for _ in ()).throw(MemoryError("12 GB")))
+    monkeypatch.setattr(evaluating, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(MemoryError("12 GB")))
     code, output = run_command("eval", bundle, tmp_path)
     assert code == 2 and "out of memory" in output and "Traceback" not in output
 

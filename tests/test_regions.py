@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import call, save, striped_picture
+from conftest import call, save, saved_anew, striped_picture
 from PIL import Image
 
 from uniad_fast import AnomalyDetector
@@ -36,12 +36,12 @@ def test_a_region_inside_anothers_box_is_not_counted_twice():
     assert (outer.area, outer.score, outer.mean) == (16, 1.0, 1.0)
 
 
-def test_good_images_have_regions_no_more_often_than_promised(bundle, made_up_classes):
+def test_good_images_have_regions_no_more_often_than_promised(bundle, made_up_classes, tmp_path):
     """The threshold's own images: at a rate of 1 in 9, the eighth of eight has the highest pixel of all, and none
     more.
     """
     detector = AnomalyDetector.load(bundle)
-    files = sorted((made_up_classes / "class0/train/good").iterdir())
+    files = sorted(saved_anew(made_up_classes / "class0/train/good", tmp_path).iterdir())
     detector.calibrate([Sample(path, "class0") for path in files], false_alarm_rate=1 / 9, quiet=True)
     predictions = detector.predict(files, "class0")
     assert len(files) == 8 and all(prediction.regions == () for prediction in predictions)
@@ -54,7 +54,8 @@ def test_score_lists_them_in_pixels_of_the_image(bundle, made_up_classes, tmp_pa
     picture = np.repeat(np.repeat(striped_picture(np.random.default_rng(0), 0, False)[0], 2, axis=0), 5, axis=1)
     picture[80:120, 200:290] = 250
     detector = AnomalyDetector.load(bundle)
-    detector.calibrate(made_up_classes, false_alarm_rate=0.3, quiet=True).save(tmp_path / "b")
+    detector.calibrate(saved_anew(made_up_classes, tmp_path / "anew"), false_alarm_rate=0.3, quiet=True)
+    detector.save(tmp_path / "b")
     bundle = tmp_path / "b"
     save(picture, tmp_path / "in/a.png")
     assert Image.open(tmp_path / "in/a.png").size == (320, 128)

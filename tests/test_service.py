@@ -16,7 +16,7 @@ import time
 import httpx
 import pytest
 import schemathesis
-from conftest import call
+from conftest import call, saved_anew
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
@@ -204,7 +204,7 @@ def server(bundle, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP on this system")
-def test_a_reload_and_a_stop_lose_nothing(server, paths, made_up_classes):
+def test_a_reload_and_a_stop_lose_nothing(server, paths, made_up_classes, tmp_path):
     process, address, own = server
     before = AnomalyDetector.load(own)
     answers, problems, stopping = [], [], threading.Event()
@@ -226,7 +226,7 @@ def test_a_reload_and_a_stop_lose_nothing(server, paths, made_up_classes):
     while len(answers) < 4 and process.poll() is None:
         time.sleep(0.1)
     first = len(answers)
-    before.calibrate(made_up_classes, false_alarm_rate=0.3, quiet=True).save(own)
+    before.calibrate(saved_anew(made_up_classes, tmp_path / "anew"), false_alarm_rate=0.3, quiet=True).save(own)
     process.send_signal(signal.SIGHUP)
     expected = before.calibration.threshold.value
     deadline = time.monotonic() + 30

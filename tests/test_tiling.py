@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import call, run_command, save, striped_picture
+from conftest import call, run_command, save, saved_anew, striped_picture
 from PIL import Image
 
 from uniad_fast import AnomalyDetector
@@ -201,7 +201,7 @@ def test_good_pictures_set_the_threshold_anew(tiled, pictures, tmp_path):
     detector = AnomalyDetector.load(tiled)
     before = detector.calibration
     detector.cache_dir = tmp_path
-    detector.calibrate(pictures)
+    detector.calibrate(saved_anew(pictures, tmp_path / "anew"))
     assert detector.calibration.images == before.images == (12, 12, 24)  # pictures, and not their tiles
 
 

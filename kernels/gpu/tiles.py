@@ -79,7 +79,8 @@ JITTER = {
 
 def attention_tile(kernel: str, element_size: int, head_dim: int, chip: str) -> TileConfig:
     """The tile of that kernel for elements of so many bytes and heads of that width; `chip` as `chip_of` names it."""
-    tables = {"sm_9": ATTENTION_HOPPER, "sm_10": ATTENTION_BLACKWELL, "gfx": ATTENTION_AMD}
+    # The interpreter takes a time for each step, however large: it has the tiles that have fewest.
+    tables = {"sm_9": ATTENTION_HOPPER, "sm_10": ATTENTION_BLACKWELL, "gfx": ATTENTION_AMD, "": ATTENTION_BLACKWELL}
     table = tables.get(_generation(chip), ATTENTION)
     width = next(w for w in (32, 64, 128) if head_dim <= w and (kernel, element_size, w) in table)
     return table[kernel, element_size, width]
