@@ -3,13 +3,14 @@
 import csv
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
 from conftest import call
 from safetensors.torch import load_file
 
-from uniad_fast import AnomalyDetector
+from uniad_fast import AnomalyDetector, signals
 
 
 def config_of(bundle):
@@ -81,3 +82,17 @@ def test_eval_says_what_happens_at_the_threshold(bundle, made_up_classes, tmp_pa
     assert int(row["called_defective"]) == sum(float(s["score"]) > threshold for s in scores)
     decisions = json.loads((tmp_path / "metrics.json").read_text())["decisions"]
     assert decisions["threshold"] == threshold and len(decisions["alternatives"]) == 3
+
+
+def test_a_signal_leaves_the_bundle_as_it_was(bundle, made_up_classes, tmp_path, monkeypatch):
+    shutil.copytree(bundle, tmp_path / "b")
+
+    def calibrated(self, *_, **__):
+        signals._asked.append(signal.SIGTERM)
+        self._trained = None  # which nobody could write
+        return self
+
+    monkeypatch.setattr(AnomalyDetector, "calibrate", calibrated)
+    good = made_up_classes / "class0/test/good"
+    call("calibrate", tmp_path / "b", good, "--all-good", "-q", code=128 + signal.SIGTERM)
+    assert config_of(tmp_path / "b") == config_of(bundle)

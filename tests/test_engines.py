@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,11 +11,12 @@ import torch
 from conftest import call, run_command
 from engine_cases import TORCH, cache, detector, examined, paths  # noqa: F401  fixtures
 
-from uniad_fast import AnomalyDetector
+from uniad_fast import AnomalyDetector, signals
 from uniad_fast.deploy import engines, plans
 from uniad_fast.deploy.engine_files import EngineFiles
 from uniad_fast.deploy.engines import use_engine
 from uniad_fast.deploy.examine import EngineError, Examined, examine
+from uniad_fast.deploy.parity import compare
 from uniad_fast.deploy.plans import Plan, plans_here
 from uniad_fast.detect.evaluation import evaluate
 from uniad_fast.packages import MissingPackageError
@@ -223,3 +226,11 @@ def evaluate_mean(bundle, data):
     from uniad_fast.data.datasets import load_dataset
 
     return evaluate(AnomalyDetector.load(bundle), load_dataset(data).test, quiet=True).mean["image_auroc"]
+
+
+def test_a_signal_stops_what_measures_and_compares(detector, paths, monkeypatch):
+    monkeypatch.setattr(signals, "_asked", [signal.SIGTERM])
+    with pytest.raises(signals.Stopped):
+        examine(detector, paths, [2], quiet=True)
+    with pytest.raises(signals.Stopped):
+        compare(detector, SimpleNamespace(metadata={"classes": []}), paths)  # the file is asked nothing else
