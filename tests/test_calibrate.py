@@ -67,7 +67,11 @@ def test_in_place_and_what_can_not_be_done(bundle, made_up_classes, tmp_path):
 
 
 def test_eval_says_what_happens_at_the_threshold(bundle, made_up_classes, tmp_path):
+    old, mine = (tmp_path / "pictures/gone" / name for name in ("false-alarm-3.png", "mine.png"))
+    old.parent.mkdir(parents=True)
+    old.touch(), mine.touch()
     output = call("eval", bundle, made_up_classes, "-o", tmp_path, "-q")
+    assert mine.exists() and not old.exists()  # of an evaluation before this one
     assert "at the threshold" in output and "found, " in output and "false alarms" in output
     assert "at most 5% false alarms among these images" in output
     with open(tmp_path / "decisions.csv", newline="") as file:

@@ -1,6 +1,7 @@
 """Pictures of what an evaluation found worth looking at: the worst verdicts of each class, and the best ones."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .results import write_png
 
 EACH = 3
 """Pictures of a kind in each class."""
+_OURS = re.compile(r"(false-alarm|miss|hit)-\d\.png")
 
 
 def draw_results(
@@ -22,7 +24,8 @@ def draw_results(
 ) -> tuple[list[Path], list[str]]:
     """Draw CLASS/false-alarm-1.png, miss-1.png and hit-1.png to hit-3.png into a folder, the worst, or best, first.
 
-    The true mask is drawn where there is one. Of a detector with a threshold.
+    The true mask is drawn where there is one. Of a detector with a threshold. What an earlier call has drawn there goes:
+    a false alarm that is none any more would be taken for one.
 
     Args:
         class_from_data: as `evaluate` was told.
@@ -32,6 +35,9 @@ def draw_results(
     """
     files: list[Path] = []
     problems: list[str] = []
+    for earlier in Path(directory).glob("*/*.png"):
+        if _OURS.fullmatch(earlier.name):
+            earlier.unlink(missing_ok=True)
     for name, sample in _worth_looking_at(detector, evaluation):
         target = Path(directory, file_name(sample.class_name), f"{name}.png")
         try:
