@@ -24,8 +24,8 @@ def draw_results(
 ) -> tuple[list[Path], list[str]]:
     """Draw CLASS/false-alarm-1.png, miss-1.png and hit-1.png to hit-3.png into a folder, the worst, or best, first.
 
-    The true mask is drawn where there is one. Of a detector with a threshold. What an earlier call has drawn there goes:
-    a false alarm that is none any more would be taken for one.
+    The true mask is drawn where there is one. Of a detector with a threshold. What an earlier call has drawn there
+    goes: a false alarm that is none any more would be taken for one.
 
     Args:
         class_from_data: as `evaluate` was told.
