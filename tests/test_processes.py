@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from trained_together import RECIPE, SMALL, TOKENS, main
 
 from uniad_fast.detect.detector import AnomalyDetector
 from uniad_fast.errors import UniadFastError
-from uniad_fast.training.loop import train
+from uniad_fast.training.batches import Batch
+from uniad_fast.training.loop import _Run, train
 from uniad_fast.training.processes import ALONE, ProcessError, Processes, started_as
 from uniad_fast.training.reconstruction_loss import ReconstructionLoss
 from uniad_fast.training.run_files import RunFiles
@@ -206,3 +208,53 @@ def test_alone_is_the_first_of_one():
     assert ALONE.gather(3) == [3] and ALONE.from_first(lambda: 4) == 4
     tensor = torch.ones(2)
     assert ALONE.sum(tensor) is tensor and Processes(1, 2).is_first is False
+
+
+class Others:
+    """Two processes, of which the other one has failed or not."""
+
+    def __init__(self, has_failed):
+        self.has_failed, self.told = has_failed, []
+
+    def gather(self, found):
+        self.told.append(found)
+        return [found, self.has_failed]
+
+
+def prepared(criterion, together):
+    """A run that is about to work with others, after the step that it takes alone."""
+    at_first = Batch(np.arange(2), 0, torch.ones(2, 3))
+    own = dict(
+        step=0, total=1, criterion=criterion, together=together, on_device=SimpleNamespace(at=lambda _: at_first)
+    )
+    run = object.__new__(_Run)
+    vars(run).update(own)
+    run._prepare_alone()
+
+
+class Criterion(torch.nn.Module):
+    def __init__(self, fails=False):
+        super().__init__()
+        self.model, self.fails = torch.nn.Linear(3, 1), fails
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, tokens):
+        if self.fails:
+            raise MemoryError("no room")
+        return (self.model(tokens) * torch.rand(2, 1)).sum()
+
+
+def test_a_first_step_alone_leaves_nothing_behind():
+    criterion, state = Criterion(), torch.get_rng_state()
+    prepared(criterion, Others(False))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in criterion.parameters())
+
+
+def test_who_fails_in_it_tells_the_others():
+    together = Others(False)
+    with pytest.raises(MemoryError, match="no room"):
+        prepared(Criterion(fails=True), together)
+    assert together.told == [True]
+    with pytest.raises(ProcessError, match="process 1 failed in its first step"):
+        prepared(Criterion(), Others(True))
