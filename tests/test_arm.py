@@ -1,6 +1,7 @@
 """The C++ kernels' paths for ARM, compiled for it and run in an emulator, against the definition here."""
 
 import os
+import subprocess
 
 import emulated
 import pytest
@@ -145,7 +146,7 @@ def test_a_whole_network_within_budget(path, case):
     tokens = tokens_for(model, 2)
     truth = by_layers(model, tokens, torch.float64)
     assert_within_budget(whole(model, tokens), truth, by_layers(model, tokens), f"{case} {path}")
-    assert launch_reconstruct.has_bfloat16() == (path == "neon_bf16")
+    assert launch_reconstruct.has_pairs() == (path == "neon_bf16")
     if path == "neon_bf16":
         with torch.autocast("cpu", torch.bfloat16):
             ours, plain = whole(model, tokens), by_layers(model, tokens, impl="torch")
@@ -157,6 +158,21 @@ def test_a_read_beside_a_tensor_ends_the_emulated_process(path):
     rows = launch._rows(torch.empty(9, 1024, device="meta"), 1, 0.0, 0.0, None)
     with pytest.raises(AssertionError, match="exit code"):
         launch._call(launch.load().uniad_dropout_forward, x.dtype, rows, 0, x, torch.zeros(9, 1024))
+
+
+def test_what_measures_pairs_of_bfloat16_runs(drivers, tmp_path):
+    """A library that did not compile would leave a processor that has them without any kernel."""
+    main = tmp_path / "main.cpp"
+    main.write_text(
+        'extern "C" double uniad_pairs_gain();\n'
+        "int main() { double g = uniad_pairs_gain(); return g > 0 && g < 100 ? 7 : 1; }"
+    )
+    emulated._run(
+        [emulated.COMPILER, "-O2", "-std=c++20", "-static", *build.PATHS["neon_bf16"], str(build._PAIR_RATE), str(main)]
+        + ["-o", str(tmp_path / "main")]
+    )
+    done = subprocess.run([emulated.EMULATOR, "-cpu", "max", str(tmp_path / "main")], timeout=60)
+    assert done.returncode == 7
 
 
 CORTEX_A57 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"

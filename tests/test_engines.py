@@ -168,7 +168,7 @@ def test_what_can_not_be(detector, monkeypatch):
     monkeypatch.setattr("uniad_fast.packages.find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match="pip install openvino"):
         use_engine(detector, "openvino")
-    monkeypatch.setattr(plans, "computes_in_bfloat16", lambda *_: False)
+    monkeypatch.setattr(plans, "has_bfloat16", lambda _: False)
     with pytest.raises(EngineError, match="no engine computes in bfloat16 on this machine"):
         use_engine(detector, precision="bfloat16")
     monkeypatch.setattr(plans, "find_spec", lambda name: None)

@@ -10,7 +10,7 @@ from uniad_fast.kernels.cpu import build
 from uniad_fast.ops import linear as linear_module
 from uniad_fast.ops import products
 from uniad_fast.ops.linear import linear
-from uniad_fast.ops.products import KINDS, by_onednn
+from uniad_fast.ops.products import KINDS, bfloat16_gain, bfloat16_pays, by_onednn
 
 
 @pytest.fixture
@@ -127,3 +127,43 @@ def test_the_faster_one_is_measured_and_touches_no_generator(folder, monkeypatch
         assert by_onednn(256, 5, 7) == {KINDS[0]} and len(measured) == 3, "it was not remembered"
     finally:
         products._chosen.cache_clear()
+
+
+@pytest.fixture
+def first_asked(folder):
+    bfloat16_gain.cache_clear()
+    yield
+    bfloat16_gain.cache_clear()
+
+
+@pytest.mark.parametrize(("gain", "pays"), [(0.5, False), (1.0, False), (1.8, True)])
+def test_bfloat16_pays_where_its_products_are_the_faster_ones(gain, pays, first_asked, monkeypatch):
+    monkeypatch.setattr(products, "_ratio", lambda *_: gain)
+    assert bfloat16_gain() == gain and bfloat16_pays() == pays
+    monkeypatch.setattr(products, "_ratio", lambda *_: 3.0)
+    bfloat16_gain.cache_clear()
+    assert bfloat16_gain() == gain, "it was not remembered"
+
+
+@pytest.mark.parametrize("default", [torch.float64, "meta"], ids=str)
+def test_bfloat16_is_compared_with_float32_whatever_the_default(default, first_asked, monkeypatch):
+    made = []
+    monkeypatch.setattr(products, "_ratio", lambda *ways: made.extend(way() for way in ways) or 2.0)
+    kind, put = ("device", torch.set_default_device) if default == "meta" else ("dtype", torch.set_default_dtype)
+    put(default)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            assert bfloat16_gain() == 2.0
+    finally:
+        put(None if kind == "device" else torch.float32)
+    assert [t.dtype for t in made] == [torch.bfloat16, torch.float32] and all(t.device.type == "cpu" for t in made)
+
+
+def test_bfloat16_is_measured_where_nothing_can_be_kept(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    bfloat16_gain.cache_clear()
+    try:
+        assert 0.001 < bfloat16_gain() < 100
+    finally:
+        bfloat16_gain.cache_clear()

@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+_PAIR_RATE = Path(__file__).parent / "pair_rate.cpp"  # a library of its own
+SOURCES = sorted(set(Path(__file__).parent.glob("*.cpp")) - {_PAIR_RATE})
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 _FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-Wno-unknown-pragmas"]
 _AVX512 = ["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"]
@@ -40,6 +41,7 @@ PATHS: dict[str | None, list[str]] = {
     "neon": ["-march=armv8-a"],
     "portable": [],
 }
+_SINGLES = "-DUNIAD_SINGLES"  # what tells the sources that products of pairs of bfloat16 do not pay
 # What /proc/cpuinfo calls what a path needs. "portable" is what no other path is for: every ARM of 64 bits has NEON.
 _NEEDED = {
     "amx": {*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16"},
@@ -89,8 +91,7 @@ def problem() -> str | None:
 
 def paths() -> list[str]:
     """The named paths that this processor can run."""
-    flags = set(_processor().split())
-    found = [name for name, needed in _NEEDED.items() if needed <= flags]
+    found = [name for name, needed in _NEEDED.items() if needed <= _processor_flags()]
     return found if _is_arm() else [*found, "portable"]
 
 
@@ -130,14 +131,38 @@ def _numbers(path: Path) -> dict[str, float] | None:
 @cache
 def _load(path: str | None, flags: tuple[str, ...]) -> ctypes.CDLL:
     compiler = _compiler()
+    singles = [_SINGLES] if path is None and not _pairs_pay(compiler) else []
+    all_flags = [*_FLAGS, *_flags(path, compiler), *flags, *singles]
+    return _library(
+        path or "native", SOURCES, all_flags, compiler, f"its CPU kernels, once on this machine, into {_folder()}"
+    )
+
+
+def _pairs_pay(compiler: str) -> bool:
+    """Whether this processor multiplies pairs of bfloat16, where it does, faster than floats: see pair_rate.cpp."""
+    if not _processor_flags() & {"avx512_bf16", "bf16"}:
+        return True
+
+    def measured() -> dict[str, float]:
+        library = _library("pairs", [_PAIR_RATE], [*_FLAGS, *_flags(None, compiler)], compiler)
+        library.uniad_pairs_gain.restype = ctypes.c_double
+        return {"gain": library.uniad_pairs_gain()}
+
+    return (remembered("pairs", measured) or measured()).get("gain", 0.0) > 1
+
+
+def _library(kind: str, sources: list[Path], flags: list[str], compiler: str, what: str = "") -> ctypes.CDLL:
+    """The library of these sources, compiled unless it lies there already. what: to be said if it has to be."""
     made_of = hashlib.sha256()
-    for file in (*SOURCES, *_HEADERS):
+    for file in (*sources, *_HEADERS):
         made_of.update(file.read_bytes())
-    all_flags = [*_FLAGS, *_flags(path, compiler), *flags]
-    for text in (*all_flags, compiler, torch.__version__, _processor()):
+    for text in (*flags, compiler, torch.__version__, _processor()):
         made_of.update(text.encode() + b"\0")
-    name = f"{path or 'native'}-{made_of.hexdigest()[:20]}"
-    library = _find(_folder(), name) or _compile(_folder(), name, all_flags)
+    name = f"{kind}-{made_of.hexdigest()[:20]}"
+    if (library := _find(_folder(), name)) is None:
+        if what:
+            print(f"uniad_fast: compiling {what}", file=sys.stderr)
+        library = _compile(_folder(), name, sources, flags)
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -167,22 +192,21 @@ def _hash(library: Path) -> str:
     return hashlib.sha256(library.read_bytes()).hexdigest()[:20]
 
 
-def _compile(into: Path, name: str, flags: list[str]) -> Path:
-    print(f"uniad_fast: compiling its CPU kernels, once on this machine, into {into}", file=sys.stderr)
+def _compile(into: Path, name: str, sources: list[Path], flags: list[str]) -> Path:
     try:
         into.mkdir(parents=True, exist_ok=True)
         _sweep(into)
         folder = Path(tempfile.mkdtemp(prefix=f"building-{os.getpid()}-", dir=into))
     except OSError as error:
         raise BuildError(f"can't write into {into}: {error}. Set TORCH_EXTENSIONS_DIR to a folder") from error
-    objects = [folder / f"{source.stem}.o" for source in SOURCES]
+    objects = [folder / f"{source.stem}.o" for source in sources]
     built = folder / "kernels.so"
     linked = [flag for flag in flags if flag.startswith("-fsanitize")]
     try:
-        with ThreadPoolExecutor(len(SOURCES)) as pool:
+        with ThreadPoolExecutor(len(sources)) as pool:
             for done in [
                 pool.submit(_run, [*flags, *_OF_TORCH, "-c", str(source), "-o", str(made)])
-                for source, made in zip(SOURCES, objects, strict=True)
+                for source, made in zip(sources, objects, strict=True)
             ]:
                 done.result()
         # Threads are torch's own: its library brings the one OpenMP of this process.
@@ -247,6 +271,10 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _processor_flags() -> set[str]:
+    return set(_processor().split())
 
 
 PAYS = "avx2" in paths()

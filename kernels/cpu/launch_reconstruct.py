@@ -10,7 +10,7 @@ from torch import Tensor
 from ..layout import contiguous
 from .build import load
 
-__all__ = ["Sizes", "has_bfloat16", "has_tiles", "panel", "reconstruct"]
+__all__ = ["Sizes", "has_pairs", "has_tiles", "panel", "reconstruct"]
 
 
 class Sizes(NamedTuple):
@@ -30,8 +30,8 @@ def panel() -> int:
     return load().uniad_panel()
 
 
-def has_bfloat16() -> bool:
-    """Whether the kernel was compiled for a processor that multiplies bfloat16."""
+def has_pairs() -> bool:
+    """Whether the kernel multiplies bfloat16, by vectors of pairs or by tiles, where this pays."""
     return bool(load().uniad_has_pairs())
 
 
@@ -46,7 +46,7 @@ def reconstruct(
     """The network's output [B, N, C] of tokens [B, N, C], float32; position [N, width].
 
     network: parameters in the order of reconstruct.cpp, float32; a float is a norm's epsilon.
-    in_bfloat16: round the operands of linear layers to it, where `has_bfloat16`.
+    in_bfloat16: round the operands of linear layers to it, where `has_pairs`.
     """
     out = torch.empty(tokens.shape, dtype=torch.float32, device="cpu")
     held = [contiguous(word) if isinstance(word, Tensor) else word for word in network]  # until the kernel returns

@@ -325,7 +325,7 @@ extern "C" {
 int64_t uniad_panel() { return uniad::PANEL; }
 
 // Whether products can take pairs of bfloat16.
-int64_t uniad_has_pairs() { return uniad::Brain::PAIR == 2; }
+int64_t uniad_has_pairs() { return uniad::Brain::PAIR == 2 || uniad::has_tiles(); }
 
 // Whether they are made by tiles.
 int64_t uniad_has_tiles() { return uniad::has_tiles(); }

@@ -211,7 +211,11 @@ struct Half {  // a word is two bfloat16
   }
 #endif
 };
-using Brain = Half;  // how bfloat16 tensors are multiplied
+#endif
+
+// How bfloat16 tensors are multiplied by vectors. UNIAD_SINGLES: as floats, where that is faster, see pair_rate.cpp.
+#if defined(UNIAD_BF16) && !defined(UNIAD_SINGLES)
+using Brain = Half;
 #else
 using Brain = Single;
 #endif

@@ -69,7 +69,9 @@ EngineName = Annotated[
 ]
 EnginePrecision = Annotated[
     Literal["float32", "bfloat16"],
-    typer.Option("--engine-precision", help="bfloat16 is faster where the processor has it; close verdicts change."),
+    typer.Option(
+        "--engine-precision", help="bfloat16 is faster on most processors that have it; close verdicts change."
+    ),
 ]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..detect.pipeline import Measured, Pipeline
-from ..models.precision import computes_in_bfloat16
+from ..models.precision import has_bfloat16
 from ..models.prepared import prepared
 from .engine_files import EngineFiles
 from .runtimes import onnxruntime_session, openvino_model, openvino_request
@@ -33,7 +33,7 @@ class Plan(NamedTuple):
 
 def plans_here() -> list[Plan]:
     """All ways to measure images on this machine's processor, with what is installed."""
-    precisions = ["float32"] + ["bfloat16"] * computes_in_bfloat16("auto", torch.device("cpu"))
+    precisions = ["float32"] + ["bfloat16"] * has_bfloat16(torch.device("cpu"))
     plans = [Plan("torch", "features", precision) for precision in precisions]
     if find_spec("onnx") is None or find_spec("onnxscript") is None:
         return plans

@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..ops.dispatch import choose_impl
 from ..ops.geometry import Window, hidden_keys
 from ..ops.tracing import is_traced
-from ..ops.whole_network import has_bfloat16, has_tiles, panel
+from ..ops.whole_network import has_pairs, has_tiles, panel
 from ..ops.whole_network import reconstruct as run_whole_network
 from .attention import NeighborMaskedAttention
 from .layers import DecoderLayer, EncoderLayer, Layer
@@ -68,10 +68,14 @@ def _is_served(model: Any, tokens: Tensor) -> bool:
 
 
 def _is_served_in_bfloat16(tokens: Tensor) -> bool:
-    """Whether autocast asks for what the kernel can do, and does best."""
-    if torch.get_autocast_dtype("cpu") != torch.bfloat16 or not has_bfloat16():
+    """Whether autocast asks for what the kernel does best.
+
+    Where it has no products of bfloat16 it computes in float32, which is nearer to the truth, and sooner there than
+    torch, whose products are then emulated or at half of float32's rate.
+    """
+    if torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return False
-    return has_tiles() or tokens.shape[0] * tokens.shape[1] <= _MOST_IN_BFLOAT16
+    return has_tiles() or not has_pairs() or tokens.shape[0] * tokens.shape[1] <= _MOST_IN_BFLOAT16
 
 
 def _network(model: Any, position: Tensor) -> tuple[tuple[int, ...], Words]:

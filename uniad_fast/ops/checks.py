@@ -100,7 +100,7 @@ def _warn_of_emulation() -> None:
 
 @lru_cache
 def multiplies_bfloat16(device_type: str) -> bool:
-    """Whether it multiplies bfloat16 matrices well: on a processor with AVX2 alone they take 70 times float32's."""
+    """Whether it has instructions for bfloat16: with AVX2 alone, products of matrices take 70 times float32's time."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device_type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,9 +1,9 @@
-"""Which library multiplies float32 on this processor, torch's own or oneDNN, by the product's kind and shape.
+"""What multiplies fastest on this processor: of float32 torch's own library or oneDNN, and float32 or bfloat16.
 
 Torch's own is MKL as a rule, which on some processors stops at AVX2, where oneDNN is twice as fast. On others it is the
 faster one, above all for gradients of weights: their operands are transposed, and oneDNN copies them. It is measured
-once on a machine, since libraries and processors change, and remembered, since the choice decides about last bits: a
-run has what the run before it had.
+once on a machine, by the product's kind and shape, since libraries and processors change, and remembered, since the
+choice decides about last bits: a run has what the run before it had.
 """
 
 import statistics
@@ -21,7 +21,7 @@ _FEWEST, _MOST = 256, 2048
 """Rows that are measured: powers of two between these stand for all numbers of rows."""
 _ROUNDS = 7
 _GAIN = 1.05
-"""By which oneDNN has to be faster."""
+"""By which oneDNN, and bfloat16, has to be faster."""
 
 
 def has_onednn() -> bool:
@@ -42,6 +42,30 @@ def by_onednn(rows: int, ins: int, outs: int) -> frozenset[str]:
     All of them where a measurement can't be remembered.
     """
     return _chosen(min(max(1 << (rows - 1).bit_length(), _FEWEST), _MOST), ins, outs)
+
+
+@cache
+def bfloat16_gain() -> float:
+    """How many times as fast as float32's products torch computes those of bfloat16, in a layer of the paper's size."""
+    from ..kernels.cpu import build
+
+    found = build.remembered("products-bfloat16", _measured_bfloat16) or _measured_bfloat16()
+    return found.get("gain", 0.0)
+
+
+def bfloat16_pays() -> bool:
+    """Whether products of bfloat16 are the faster ones here. Not on Intel's processors where AMX is out of reach."""
+    return bfloat16_gain() > _GAIN
+
+
+def _measured_bfloat16() -> dict[str, float]:
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        rows, ins, outs = OF_DOCTOR
+        shapes = ((outs,), (rows, ins), (ins, outs))
+        narrow, wide = (
+            [torch.ones(s, dtype=dtype, device="cpu") for s in shapes] for dtype in (torch.bfloat16, torch.float32)
+        )
+        return {"gain": _ratio(lambda: torch.addmm(*narrow), lambda: torch.addmm(*wide))}
 
 
 @cache

@@ -12,11 +12,11 @@ def panel() -> int:
     return launch_reconstruct.panel()
 
 
-def has_bfloat16() -> bool:
-    """Whether its linear layers can take bfloat16."""
+def has_pairs() -> bool:
+    """Whether its linear layers multiply bfloat16, which they do where that is faster than float32."""
     from ..kernels.cpu import launch_reconstruct
 
-    return launch_reconstruct.has_bfloat16()
+    return launch_reconstruct.has_pairs()
 
 
 def has_tiles() -> bool:

@@ -45,7 +45,8 @@ class Recipe:
         standardize: features scaled to mean 0 and deviation 1 per channel, as measured on the training images.
         query_std: deviation of the learned queries' initial values.
         zero_blocks: attention and FFN give zero at first, so that every layer begins as its residual connection.
-        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the device has it, float32 elsewhere.
+        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the device multiplies it
+            faster than float32.
         optimizer: "adamw", or "muon" (torch 2.9 or newer) for the matrices of attention and FFN with "adamw" for the
             rest. Muon computes in bfloat16, which takes 20 times as long on a processor without it.
         loss: between reconstruction and feature, "mse" (the paper's) or "l1".
