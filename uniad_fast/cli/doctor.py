@@ -17,7 +17,7 @@ from ..ops.dispatch import IMPLS, kernel_problem
 from ..ops.dropout import dropout, dropout_add_norm
 from ..ops.jitter_project import jitter_project
 from ..ops.neighbor_masked_attention import neighbor_masked_attention
-from ..ops.products import KINDS, OF_DOCTOR, bfloat16_gain, bfloat16_pays, by_onednn
+from ..ops.products import KINDS, OF_DOCTOR, ONEDNN, OWN, TORCH, bfloat16_gain, bfloat16_pays, fastest
 
 _PACKAGES = (
     *("uniad_fast", "torch", "torchvision", "triton", "timm", "numpy", "pillow"),
@@ -36,7 +36,7 @@ _EXTRAS = {
     "test": {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "hypothesis": "hypothesis"},
 }
 _TOLERANCE = 1e-4
-_ONEDNN, _TORCH = "oneDNN", "torch's own"
+_NAMES = {OWN: "our kernel", ONEDNN: "oneDNN", TORCH: "torch's own"}
 _GRID, _WINDOW = (5, 7), (3, 3)
 
 
@@ -84,8 +84,8 @@ def _products() -> list[str]:
     """A line on who multiplies float32 on this processor, where the kernels are there."""
     if kernel_problem("cpu", torch.zeros(())) is not None:
         return []
-    chosen, (rows, ins, outs) = by_onednn(*OF_DOCTOR), OF_DOCTOR
-    who = ", ".join(f"{kind} by {_ONEDNN if kind in chosen else _TORCH}" for kind in KINDS)
+    (rows, ins, outs), ways = OF_DOCTOR, fastest(*OF_DOCTOR)
+    who = ", ".join(f"{kind} by {_NAMES[way]}" for kind, way in zip(KINDS, ways, strict=True))
     return [f"products in float32, {rows} rows, {ins} to {outs} channels: {who}"]
 
 

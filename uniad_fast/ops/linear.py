@@ -1,4 +1,4 @@
-"""The product of a linear layer: float32 on a CPU by the library that is the faster there (see `products`)."""
+"""The products of a linear layer: float32 on a CPU by what is fastest there (see `products`)."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import products
 from .dispatch import choose_impl
-from .products import by_onednn, has_onednn, onednn
 from .tracing import is_traced
 
 
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> Tensor:
-    """`torch.nn.functional.linear`; by oneDNN where `impl` means the CPU kernels and the product is in float32.
+    """`torch.nn.functional.linear`; by `products` where `impl` means the CPU kernels and the product is in float32.
 
     tokens [..., C_in], weight [C_out, C_in], bias [C_out] -> [..., C_out].
     """
@@ -57,7 +57,7 @@ def _is_chosen(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | 
         return False
     if torch.autograd.forward_ad._current_level >= 0:
         return False
-    return has_onednn() and choose_impl(impl, tokens) == "cpu"
+    return choose_impl(impl, tokens) == "cpu"
 
 
 def _is_autocasts(tensor: Tensor) -> bool:
@@ -80,7 +80,7 @@ class _LinearInTiles(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         cast = weight.to(torch.bfloat16)
         ctx.save_for_backward(rows, cast)
-        return onednn(rows, cast, None if bias is None else bias.to(torch.bfloat16))
+        return products.onednn(rows, cast, None if bias is None else bias.to(torch.bfloat16))
 
     @staticmethod
     @once_differentiable
@@ -110,24 +110,22 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
         with_rows, with_weight, with_bias = ctx.needs_input_grad
-        chosen = _by_onednn(rows, weight)
-        return (
-            _product("gradient of tokens" in chosen, out_gradient, weight) if with_rows else None,
-            _product("gradient of weight" in chosen, out_gradient.t(), rows) if with_weight else None,
-            out_gradient.sum(0) if with_bias else None,
-        )
+        ways = _ways(rows, weight)
+        weight_gradient, bias_gradient = None, None
+        with torch.autocast("cpu", enabled=False):  # a backward pass may be called inside
+            rows_gradient = products.token_gradient(ways.token_gradient, out_gradient, weight) if with_rows else None
+            if with_weight:
+                weight_gradient, bias_gradient = products.weight_gradient(
+                    ways.weight_gradient, rows, out_gradient, with_bias
+                )
+            elif with_bias:
+                bias_gradient = out_gradient.sum(0)
+        return rows_gradient, weight_gradient, bias_gradient
 
 
 def _output(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return onednn(rows, weight, bias) if "output" in _by_onednn(rows, weight) else F.linear(rows, weight, bias)
+    return products.output(_ways(rows, weight).output, rows, weight, bias)
 
 
-def _by_onednn(rows: Tensor, weight: Tensor) -> frozenset[str]:
-    return by_onednn(rows.shape[0], weight.shape[1], weight.shape[0])
-
-
-def _product(is_onednns: bool, left: Tensor, right: Tensor) -> Tensor:
-    if is_onednns:
-        return onednn(left, right.t(), None)
-    with torch.autocast("cpu", enabled=False):  # a backward pass may be called inside
-        return left @ right
+def _ways(rows: Tensor, weight: Tensor) -> products.Ways:
+    return products.fastest(rows.shape[0], weight.shape[1], weight.shape[0])

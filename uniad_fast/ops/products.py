@@ -1,27 +1,39 @@
-"""What multiplies fastest on this processor: of float32 torch's own library or oneDNN, and float32 or bfloat16.
+"""What multiplies fastest on this processor: of float32 our kernel, torch's own library or oneDNN; float32 or bfloat16.
 
 Torch's own is MKL as a rule, which on some processors stops at AVX2, where oneDNN is twice as fast. On others it is the
-faster one, above all for gradients of weights: their operands are transposed, and oneDNN copies them. It is measured
-once on a machine, by the product's kind and shape, since libraries and processors change, and remembered, since the
-choice decides about last bits: a run has what the run before it had.
+faster one, above all for gradients of weights: their operands are transposed, and oneDNN copies them. Our own sums a
+bias's gradient on the way, and copies no bias. It is measured once on a machine, by the product's kind and shape, since
+libraries and processors change, and remembered, since the choice decides about last bits: a run has what the run before
+it had.
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-KINDS = ("output", "gradient of tokens", "gradient of weight")
+KINDS = ("output", "gradient of tokens", "gradients of weight and bias")
+OWN, TORCH, ONEDNN = "own", "torch", "onednn"
 OF_DOCTOR = (2048, 256, 1024)
 """Rows, channels in and out of what `doctor` tells: eight images of the paper's, an FFN's first layer."""
 _FEWEST, _MOST = 256, 2048
 """Rows that are measured: powers of two between these stand for all numbers of rows."""
 _ROUNDS = 7
 _GAIN = 1.05
-"""By which oneDNN, and bfloat16, has to be faster."""
+"""By which a library has to be faster than our kernel, and bfloat16 than float32."""
+
+
+class Ways(NamedTuple):
+    """Who computes a layer's products."""
+
+    output: str
+    token_gradient: str
+    weight_gradient: str
 
 
 def has_onednn() -> bool:
@@ -29,17 +41,42 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def output(way: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """rows [R, K] times weight [O, K], plus bias [O]: [R, O], float32 on a CPU; no gradient is recorded."""
+    if way == OWN:
+        return _own().output(rows, weight, bias)
+    if way == ONEDNN:
+        return onednn(rows, weight, bias)
+    return torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+
+
+def token_gradient(way: str, out_gradient: Tensor, weight: Tensor) -> Tensor:
+    """out_gradient [R, O] times weight [O, K]: [R, K], float32 on a CPU."""
+    if way == OWN:
+        return _own().token_gradient(out_gradient, weight)
+    return onednn(out_gradient, weight.t(), None) if way == ONEDNN else torch.mm(out_gradient, weight)
+
+
+def weight_gradient(way: str, rows: Tensor, out_gradient: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """out_gradient [R, O] transposed times rows [R, K], and its sum over R: [O, K] and [O], float32 on a CPU."""
+    if way == OWN:
+        return _own().weight_gradient(rows, out_gradient, with_bias)
+    turned = out_gradient.t()
+    weight = onednn(turned, rows.t(), None) if way == ONEDNN else torch.mm(turned, rows)
+    return weight, out_gradient.sum(0) if with_bias else None
+
+
+def onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`output` by oneDNN, in float32 or bfloat16."""
     # It reads the bias as if it lay in a row.
     bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
-def by_onednn(rows: int, ins: int, outs: int) -> frozenset[str]:
-    """The kinds of product of a linear layer, rows x ins to rows x outs, that oneDNN computes here.
+def fastest(rows: int, ins: int, outs: int) -> Ways:
+    """Who is fastest here at the products of a linear layer, rows x ins to rows x outs.
 
-    All of them where a measurement can't be remembered.
+    Our kernel's, where a measurement can't be remembered.
     """
     return _chosen(min(max(1 << (rows - 1).bit_length(), _FEWEST), _MOST), ins, outs)
 
@@ -65,37 +102,49 @@ def _measured_bfloat16() -> dict[str, float]:
         narrow, wide = (
             [torch.ones(s, dtype=dtype, device="cpu") for s in shapes] for dtype in (torch.bfloat16, torch.float32)
         )
-        return {"gain": _ratio(lambda: torch.addmm(*narrow), lambda: torch.addmm(*wide))}
+        in_bfloat16, in_float32 = _seconds(lambda: torch.addmm(*narrow), lambda: torch.addmm(*wide))
+        return {"gain": round(in_float32 / in_bfloat16, 2)}
 
 
 @cache
-def _chosen(rows: int, ins: int, outs: int) -> frozenset[str]:
+def _chosen(rows: int, ins: int, outs: int) -> Ways:
     from ..kernels.cpu import build
 
-    if not has_onednn():
-        return frozenset()
-    found = build.remembered(f"products-{rows}-{ins}-{outs}", lambda: _measured(rows, ins, outs))
-    return frozenset(KINDS if found is None else (kind for kind in KINDS if found.get(kind, 0.0) > _GAIN))
+    found = build.remembered(f"linear-{rows}-{ins}-{outs}", lambda: _measured(rows, ins, outs)) or {}
+    gains = ({way: found.get(f"{kind} {way}", 0.0) for way in (TORCH, ONEDNN)} for kind in KINDS)
+    return Ways(*(max(gain, key=lambda way: gain[way]) if max(gain.values()) > _GAIN else OWN for gain in gains))
 
 
 def _measured(count: int, ins: int, outs: int) -> dict[str, float]:
-    """How many times as fast as torch's own oneDNN is, by kind."""
+    """How many times as fast as our kernel the libraries are, by kind."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         shapes = ((count, ins), (outs, ins), (outs,), (count, outs))
         rows, weight, bias, gradient = (torch.ones(s, dtype=torch.float32, device="cpu") for s in shapes)
-        ways: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
-            KINDS[0]: (lambda: onednn(rows, weight, bias), lambda: torch.addmm(bias, rows, weight.t())),
-            KINDS[1]: (lambda: onednn(gradient, weight.t(), None), lambda: gradient @ weight),
-            KINDS[2]: (lambda: onednn(gradient.t(), rows.t(), None), lambda: gradient.t() @ rows),
-        }
-        return {kind: _ratio(*pair) for kind, pair in ways.items()}
+        calls: tuple[Callable[[str], object], ...] = (
+            lambda way: output(way, rows, weight, bias),
+            lambda way: token_gradient(way, gradient, weight),
+            lambda way: weight_gradient(way, rows, gradient, True),
+        )
+        others = (TORCH, ONEDNN) if has_onednn() else (TORCH,)
+        found: dict[str, float] = {}
+        for kind, call in zip(KINDS, calls, strict=True):
+            ours, *theirs = _seconds(*(lambda way=way, call=call: call(way) for way in (OWN, *others)))
+            found |= {f"{kind} {way}": round(ours / one, 2) for way, one in zip(others, theirs, strict=True)}
+        return found
 
 
-def _ratio(ours: Callable[[], Tensor], theirs: Callable[[], Tensor]) -> float:
-    seconds: tuple[list[float], list[float]] = ([], [])
+def _seconds(*ways: Callable[[], object]) -> list[float]:
+    """Medians of rounds in which all take turns."""
+    seconds: list[list[float]] = [[] for _ in ways]
     for _ in range(_ROUNDS):
-        for call, own in zip((ours, theirs), seconds, strict=True):
+        for call, own in zip(ways, seconds, strict=True):
             start = time.perf_counter()
             call()
             own.append(time.perf_counter() - start)
-    return round(statistics.median(seconds[1]) / statistics.median(seconds[0]), 2)
+    return [statistics.median(each) for each in seconds]
+
+
+def _own() -> ModuleType:
+    from ..kernels.cpu import launch_linear
+
+    return launch_linear
