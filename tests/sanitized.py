@@ -61,8 +61,9 @@ def inside(path: str, examples: int, wrong: bool) -> None:
     """What the process with the sanitizer does."""
     import torch
     from op_cases import OPS, layouts
+    from test_launch_linear import SHAPES, all_products, made
     from test_whole_network import CASES, make, tokens_for, whole
-    from uniad_fast.kernels.cpu import build, launch_reconstruct
+    from uniad_fast.kernels.cpu import build, launch_linear, launch_reconstruct
     from uniad_fast.kernels.cpu import launch as cpu
 
     from tests.fuzz.targets import TARGETS
@@ -70,7 +71,7 @@ def inside(path: str, examples: int, wrong: bool) -> None:
     from uniad_fast import neighbor_masked_attention
 
     library = build.load(path, build.SANITIZED)
-    cpu.load = launch_reconstruct.load = lambda: library
+    cpu.load = launch_reconstruct.load = launch_linear.load = lambda: library
     build.problem = lambda: None
     if wrong:
         x = torch.zeros(2, 64)
@@ -105,6 +106,9 @@ def inside(path: str, examples: int, wrong: bool) -> None:
         for batch in (1, 3):
             whole(model, tokens_for(model, batch))
             ran += 1
+    for shape in SHAPES:
+        all_products("own", *made(*shape))
+        ran += 1
     for name in ("attention", "jitter", "norm", "dropout"):
         ran += fuzz(TARGETS[name], max(1, examples // 4), 5)
     print(f"{path}: {ran} calls forward and backward, nothing found")

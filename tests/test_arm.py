@@ -7,13 +7,15 @@ import emulated
 import pytest
 import torch
 from test_cpu import DTYPES, gradients, run_all
+from test_launch_linear import all_products, made
 from test_whole_network import CASES, by_layers, make, tokens_for, whole
-from uniad_fast.kernels.cpu import build, launch, launch_reconstruct
+from uniad_fast.kernels.cpu import build, launch, launch_linear, launch_reconstruct
 
 from uniad_fast import jitter_project, neighbor_masked_attention
 from uniad_fast.cli import doctor
 from uniad_fast.files import locked
 from uniad_fast.ops.dropout import dropout, dropout_add_norm
+from uniad_fast.ops.products import OWN, TORCH
 from uniad_fast.testing import assert_within_budget
 
 PATHS = sorted(emulated.PROCESSORS)
@@ -35,7 +37,7 @@ def path(request, drivers, tmp_path, monkeypatch):
     """The kernels of a path are what impl="cpu" calls."""
     library = emulated.Library(drivers[request.param], emulated.PROCESSORS[request.param], tmp_path)
     monkeypatch.setattr(torch.Tensor, "data_ptr", library.watched(torch.Tensor.data_ptr))
-    for launcher in (launch, launch_reconstruct):
+    for launcher in (launch, launch_linear, launch_reconstruct):
         monkeypatch.setattr(launcher, "load", lambda: library)
     monkeypatch.setattr(launch, "problem", lambda: None)
     return request.param
@@ -51,6 +53,14 @@ def test_every_op_within_budget(path, dtype, shape):
     """Forward and every gradient, with noise."""
     truth, plain = run_all(dtype, "reference", **shape, exact=True), run_all(dtype, "reference", **shape)
     for name, ours in run_all(dtype, "cpu", **shape).items():
+        assert_within_budget(ours, truth[name], plain[name], f"{path} {name}")
+
+
+@pytest.mark.parametrize("shape", [(7, 20, 11), (100, 33, 9), (5, 330, 40)], ids=str)
+def test_products_of_a_linear_layer_within_budget(path, shape):
+    tensors = made(*shape)
+    truth, plain = all_products(TORCH, *(t.double() for t in tensors)), all_products(TORCH, *tensors)
+    for name, ours in all_products(OWN, *tensors).items():
         assert_within_budget(ours, truth[name], plain[name], f"{path} {name}")
 
 

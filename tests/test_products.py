@@ -1,4 +1,4 @@
-"""Which library multiplies: whatever is chosen, the numbers hold; and what was found once on a machine stays."""
+"""What multiplies: whatever is chosen, the numbers hold; and what was found once on a machine stays."""
 
 import json
 import threading
@@ -7,29 +7,24 @@ import pytest
 import torch
 from uniad_fast.kernels.cpu import build
 
-from uniad_fast.ops import linear as linear_module
 from uniad_fast.ops import products
 from uniad_fast.ops.linear import linear
-from uniad_fast.ops.products import KINDS, bfloat16_gain, bfloat16_pays, by_onednn
+from uniad_fast.ops.products import KINDS, ONEDNN, OWN, TORCH, Ways, bfloat16_gain, bfloat16_pays, fastest
+
+WAYS = (OWN, TORCH, *[ONEDNN] * products.has_onednn())
 
 
-@pytest.fixture
-def chosen(monkeypatch):
-    """Choose by hand."""
-    if build.problem() is not None or not build.PAYS or not products.has_onednn():
-        pytest.skip("every product is torch's here")
-    return lambda *kinds: monkeypatch.setattr(linear_module, "by_onednn", lambda *_: frozenset(kinds))
-
-
-@pytest.mark.parametrize("kinds", [(), KINDS, *((kind,) for kind in KINDS)], ids=str)
+@pytest.mark.parametrize("ways", [*(Ways(way, way, way) for way in WAYS), Ways(WAYS[-1], OWN, TORCH)], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_numbers_hold_whoever_multiplies(kinds, autocast, chosen):
+def test_numbers_hold_whoever_multiplies(ways, autocast, monkeypatch):
     """Autocast around the backward pass alone changes nothing."""
-    chosen(*kinds)
+    if build.problem() is not None:
+        pytest.skip("every product is torch's here")
+    monkeypatch.setattr(products, "fastest", lambda *_: ways)
     made = [torch.randn(s) for s in ((3, 7, 20), (11, 20), (11,))]
     tensors = [t.requires_grad_() for t in made]
     weight = torch.randn(3, 7, 11)
-    out = linear(*tensors, None)
+    out = linear(*tensors, "cpu")
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         ours = [out, *torch.autograd.grad(out, tensors, weight)]
     exact = [t.detach().double().requires_grad_() for t in made]
@@ -85,46 +80,49 @@ def test_nothing_is_measured_in_every_run_where_nothing_can_be_kept(tmp_path, mo
     assert build.remembered("products", lambda: {"output": 0.5}) is None
     products._chosen.cache_clear()
     try:
-        assert by_onednn(196, 3, 5) == (frozenset(KINDS) if products.has_onednn() else frozenset())
+        assert fastest(196, 3, 5) == (OWN, OWN, OWN)
     finally:
         products._chosen.cache_clear()
 
 
-@pytest.mark.skipif(not products.has_onednn(), reason="this torch has no oneDNN")
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"], ids=str)
 def test_what_is_measured_is_float32_on_a_cpu_whatever_the_default(default, monkeypatch):
     made = []
-    monkeypatch.setattr(products, "_ratio", lambda ours, theirs: made.extend((ours(), theirs())) or 1.0)
+    monkeypatch.setattr(products, "_seconds", lambda *ways: made.extend(way() for way in ways) or [1.0] * len(ways))
     kind, put = ("device", torch.set_default_device) if default == "meta" else ("dtype", torch.set_default_dtype)
     put(default)
     try:
         products._measured(3, 5, 7)
     finally:
         put(None if kind == "device" else torch.float32)
-    assert len(made) == 6 and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in made)
+    tensors = [t for one in made for t in (one if isinstance(one, tuple) else (one,))]
+    assert len(tensors) == 4 * len(WAYS) and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
 
 
-@pytest.mark.skipif(not products.has_onednn(), reason="this torch has no oneDNN")
-def test_the_faster_one_is_measured_and_touches_no_generator(folder, monkeypatch):
+def test_the_fastest_one_is_found_and_touches_no_generator(folder, monkeypatch):
+    """A library has to be faster by more than a measurement may be off."""
     before = torch.get_rng_state()
     found = products._measured(64, 5, 7)
-    assert set(found) == set(KINDS) and all(0.01 < ratio < 100 for ratio in found.values())
-    assert torch.equal(before, torch.get_rng_state())
+    assert set(found) == {f"{kind} {way}" for kind in KINDS for way in WAYS[1:]}
+    assert all(0.01 < ratio < 100 for ratio in found.values()) and torch.equal(before, torch.get_rng_state())
     measured = []
 
     def find(*shape):
         measured.append(shape)
-        return dict(zip(KINDS, (2.0, 1.0, 0.5) if shape[2] == 7 else (0.5, 1.0, 2.0), strict=True))
+        gains = {5: (2.0, 1.04, 0.5), 7: (1.0, 1.2, 1.06)}[shape[1]]
+        return {f"{kind} {TORCH}": gain for kind, gain in zip(KINDS, gains, strict=True)} | {
+            f"{KINDS[1]} {ONEDNN}": 1.5
+        }
 
     monkeypatch.setattr(products, "_measured", find)
     products._chosen.cache_clear()
     try:
-        assert by_onednn(196, 5, 7) == by_onednn(1, 5, 7) == {KINDS[0]}
-        assert by_onednn(196, 7, 5) == {KINDS[2]}
-        assert by_onednn(6272, 5, 7) == by_onednn(1568, 5, 7) == {KINDS[0]}
+        assert fastest(196, 5, 7) == fastest(1, 5, 7) == (TORCH, ONEDNN, OWN)
+        assert fastest(196, 7, 5) == (OWN, ONEDNN, TORCH)
+        assert fastest(6272, 5, 7) == fastest(1568, 5, 7) == (TORCH, ONEDNN, OWN)
         assert measured == [(256, 5, 7), (256, 7, 5), (2048, 5, 7)]
         products._chosen.cache_clear()
-        assert by_onednn(256, 5, 7) == {KINDS[0]} and len(measured) == 3, "it was not remembered"
+        assert fastest(256, 5, 7) == (TORCH, ONEDNN, OWN) and len(measured) == 3, "it was not remembered"
     finally:
         products._chosen.cache_clear()
 
@@ -138,9 +136,9 @@ def first_asked(folder):
 
 @pytest.mark.parametrize(("gain", "pays"), [(0.5, False), (1.0, False), (1.8, True)])
 def test_bfloat16_pays_where_its_products_are_the_faster_ones(gain, pays, first_asked, monkeypatch):
-    monkeypatch.setattr(products, "_ratio", lambda *_: gain)
+    monkeypatch.setattr(products, "_seconds", lambda *_: [1.0, gain])
     assert bfloat16_gain() == gain and bfloat16_pays() == pays
-    monkeypatch.setattr(products, "_ratio", lambda *_: 3.0)
+    monkeypatch.setattr(products, "_seconds", lambda *_: [1.0, 3.0])
     bfloat16_gain.cache_clear()
     assert bfloat16_gain() == gain, "it was not remembered"
 
@@ -148,7 +146,7 @@ def test_bfloat16_pays_where_its_products_are_the_faster_ones(gain, pays, first_
 @pytest.mark.parametrize("default", [torch.float64, "meta"], ids=str)
 def test_bfloat16_is_compared_with_float32_whatever_the_default(default, first_asked, monkeypatch):
     made = []
-    monkeypatch.setattr(products, "_ratio", lambda *ways: made.extend(way() for way in ways) or 2.0)
+    monkeypatch.setattr(products, "_seconds", lambda *ways: made.extend(way() for way in ways) or [1.0, 2.0])
     kind, put = ("device", torch.set_default_device) if default == "meta" else ("dtype", torch.set_default_dtype)
     put(default)
     try:

@@ -40,7 +40,7 @@ int64_t panels_of(int64_t columns) { return (columns + COLUMNS - 1) / COLUMNS; }
 // Length of the parts, of DEPTH at most, that a summed axis is cut into.
 int64_t depth_of(int64_t length) {
   const int64_t parts = std::max<int64_t>(1, (length + DEPTH - 1) / DEPTH);
-  return (length + parts - 1) / parts;
+  return std::max<int64_t>(1, (length + parts - 1) / parts);
 }
 
 // Vectors of a panel that hold any column.
@@ -175,7 +175,7 @@ void multiply_rows(
   at::parallel_for(0, (rows + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++) {
       const int64_t first = b * block, last = std::min(rows, first + block);
-      for (int64_t k = 0; k < depth; k += part)
+      for (int64_t k = 0; k == 0 || k < depth; k += part)  // a sum of nothing is the bias
         for (int64_t p = 0; p < panels; p++) {
           const float* panel = packed + (p * depth + k) * COLUMNS;
           const int64_t left_columns = right.columns - p * COLUMNS, count = std::min(part, depth - k);
@@ -190,26 +190,29 @@ void multiply_rows(
   });
 }
 
+// Of a tile's rows, which a vector may be wider or narrower than.
+constexpr int VECTORS = (ROWS + LANES - 1) / LANES, WIDTH = VECTORS * LANES;
+
 // `count` rows of columns first .. first + tiles * ROWS - 1 as packed left operands, zeros beyond the matrix, a tile's `room`
-// after the one before. Each tile's sums are added to LANES of `sums`.
+// after the one before. Each tile's sums are added to WIDTH of `sums`.
 void pack_columns(
     const Matrix& m, int64_t first, int64_t tiles, int64_t begin, int64_t count, float* out, int64_t room, float* sums) {
-  static_assert(ROWS <= LANES);
   for (int64_t k = 0; k < count; k += AT_ONCE) {
     const int64_t rows = std::min(AT_ONCE, count - k);
     for (int64_t t = 0; t < tiles; t++) {
       const int64_t left = m.columns - first - t * ROWS;
       const float* from = m.data + (begin + k) * m.row_stride + first + t * ROWS;
       float* to = out + t * room + k * ROWS;
-      vfloat sum = load<vfloat>(sums + t * LANES);
+      vfloat sum[VECTORS];
+      for (int v = 0; v < VECTORS; v++) sum[v] = load<vfloat>(sums + t * WIDTH + v * LANES);
       for (int64_t r = 0; r < rows; r++) {
-        vfloat v{};
-        if (left >= LANES) v = load<vfloat>(from + r * m.row_stride);
-        else memcpy(&v, from + r * m.row_stride, left * sizeof(float));
-        sum += v;
-        store(to + r * ROWS, v);  // what is too much the next row overwrites
+        vfloat row[VECTORS] = {};
+        if (left >= WIDTH) memcpy(row, from + r * m.row_stride, sizeof row);
+        else memcpy(row, from + r * m.row_stride, left * sizeof(float));
+        for (int v = 0; v < VECTORS; v++) sum[v] += row[v];
+        memcpy(to + r * ROWS, row, sizeof row);  // what is too much the next row overwrites
       }
-      store(sums + t * LANES, sum);
+      for (int v = 0; v < VECTORS; v++) store(sums + t * WIDTH + v * LANES, sum[v]);
     }
   }
 }
@@ -221,21 +224,21 @@ void weight_gradient(
   Scratch scratch;
   const int64_t rows = tokens.rows, part = depth_of(rows), columns = tokens.columns;
   const int64_t room = part * ROWS + LINE;  // no multiple of what a cache's ways lie apart
-  float* left = scratch.take<float>(OUTS / ROWS * room + LANES);
+  float* left = scratch.take<float>(OUTS / ROWS * room + WIDTH);
   float* right = scratch.take<float>((end - panel) * part * COLUMNS);
-  float* sums = scratch.take<float>(round_up(last - first, ROWS) / ROWS * LANES);
-  float* totals = scratch.take<float>(round_up(last - first, ROWS) / ROWS * LANES);
-  std::fill(totals, totals + round_up(last - first, ROWS) / ROWS * LANES, 0.f);
-  for (int64_t r = 0; r < rows; r += part) {
+  const int64_t lanes = (last - first + ROWS - 1) / ROWS * WIDTH;
+  float *sums = scratch.take<float>(lanes), *totals = scratch.take<float>(lanes);
+  std::fill(totals, totals + lanes, 0.f);
+  for (int64_t r = 0; r == 0 || r < rows; r += part) {
     const int64_t count = std::min(part, rows - r);
     for (int64_t k = 0; k < count; k += AT_ONCE)
       for (int64_t p = panel; p < end; p++)
         pack_panel(tokens, p, r + k, std::min(AT_ONCE, count - k), right + ((p - panel) * part + k) * COLUMNS);
     for (int64_t from = first; from < last; from += OUTS) {
-      const int64_t tiles = (std::min(OUTS, last - from) + ROWS - 1) / ROWS, at = (from - first) / ROWS * LANES;
-      std::fill(sums + at, sums + at + tiles * LANES, 0.f);
+      const int64_t tiles = (std::min(OUTS, last - from) + ROWS - 1) / ROWS, at = (from - first) / ROWS * WIDTH;
+      std::fill(sums + at, sums + at + tiles * WIDTH, 0.f);
       pack_columns(gradient, from, tiles, r, count, left, room, sums + at);
-      for (int64_t i = at; i < at + tiles * LANES; i++) totals[i] += sums[i];
+      for (int64_t i = at; i < at + tiles * WIDTH; i++) totals[i] += sums[i];
       for (int64_t p = panel; p < end; p++)
         for (int64_t t = 0; t < tiles; t++) {
           const int64_t o = from + t * ROWS;
@@ -245,7 +248,7 @@ void weight_gradient(
         }
     }
   }
-  for (int64_t o = 0; bias && o < last - first; o++) bias[first + o] = totals[o / ROWS * LANES + o % ROWS];
+  for (int64_t o = 0; bias && o < last - first; o++) bias[first + o] = totals[o / ROWS * WIDTH + o % ROWS];
 }
 
 }  // namespace
