@@ -73,6 +73,7 @@ def inside(path: str, examples: int, wrong: bool) -> None:
     library = build.load(path, build.SANITIZED)
     cpu.load = launch_reconstruct.load = launch_linear.load = lambda: library
     build.problem = lambda: None
+    build.remembered = lambda *_: None  # how fast this library is says nothing about the one without a sanitizer
     if wrong:
         x = torch.zeros(2, 64)
         rows = cpu._rows(torch.empty(9, 64, device="meta"), 1, 0.0, 0.0, None)

@@ -41,6 +41,21 @@ def test_every_instruction_set_within_budget(shape, path, monkeypatch):
     assert products.weight_gradient(OWN, tensors[0], tensors[3], False)[1] is None
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [((4, 30), (11, 20), (11,)), ((4, 10), (11, 20), (11,)), ((4, 20), (11, 20), (12,)), ((4,), (11, 4), (11,))],
+)
+def test_what_does_not_fit_is_refused(shapes):
+    """A row's length is told to the kernel once, for both operands."""
+    tokens, weight, bias = (torch.randn(shape) for shape in shapes)
+    with pytest.raises(ValueError, match="a product needs float32 of shapes RI, OI, O, got"):
+        launch_linear.output(tokens, weight, bias)
+    with pytest.raises(ValueError, match="float32 of shapes RO, OI, got .*float64"):
+        launch_linear.token_gradient(torch.randn(4, 11), torch.randn(11, 20).double())
+    with pytest.raises(ValueError, match="float32 of shapes RI, RO"):
+        launch_linear.weight_gradient(torch.randn(4, 20), torch.randn(5, 11), True)
+
+
 LAYOUTS = {
     "apart": lambda t: torch.stack([t, t], 1)[:, 0],
     "turned": lambda t: t.t().contiguous().t(),

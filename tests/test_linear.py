@@ -1,11 +1,13 @@
-"""Linear layers under autocast by the tiles of AMX: their numbers, every shape, any number of threads."""
+"""Linear layers: under autocast by the tiles of AMX, in float32 by our kernels, and what is torch's to answer."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_whole_network import make
 from uniad_fast.kernels.cpu import build, launch_weight_gradient
 
 from uniad_fast.ops import linear as linear_module
+from uniad_fast.ops import products
 from uniad_fast.ops.linear import linear
 from uniad_fast.testing import assert_within_budget
 
@@ -122,3 +124,90 @@ def test_without_tiles_the_kernel_says_so():
         pytest.skip("no kernels here")
     with pytest.raises(RuntimeError, match="needs AMX"):
         launch_weight_gradient.weight_gradient(torch.zeros(1, 1).bfloat16(), torch.zeros(1, 1).bfloat16(), True)
+
+
+KERNELS = build.problem() is None
+needs_kernels = pytest.mark.skipif(not KERNELS, reason="no kernels here")
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """Our kernels multiply, whatever is fastest."""
+    if not KERNELS:
+        pytest.skip("no kernels here")
+    monkeypatch.setattr(products, "fastest", lambda *_: products.Ways(*[products.OWN] * 3))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "weight"),
+    [((4, 30), (11, 20)), ((4, 10), (11, 20)), ((2, 3, 30), (11, 20)), ((2, 3, 20), (2, 3, 20)), ((5,), (11, 20))],
+    ids=str,
+)
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_does_not_fit_is_torchs_to_refuse(tokens, weight, wanted, own):
+    tensors = torch.randn(tokens), torch.randn(weight, requires_grad=wanted)
+    with pytest.raises(RuntimeError, match="mat1 and mat2|must match|matrix|dimensions"):
+        F.linear(*tensors)
+    with pytest.raises(RuntimeError, match="mat1 and mat2|must match|matrix|dimensions"):
+        linear(*tensors, None, "cpu")
+
+
+def test_a_network_refuses_channels_that_are_not_its_own(own):
+    model = make()
+    for channels in (5, 30):
+        for training in (True, False):
+            with pytest.raises((RuntimeError, ValueError), match="mat1 and mat2|13|shape"):
+                model.train(training).reconstruct(torch.randn(2, 35, channels))
+
+
+@pytest.mark.parametrize("weight", [torch.randn(20), torch.randn(11, 20).to_sparse_csr()], ids=["a vector", "sparse"])
+def test_what_torch_alone_takes_is_torchs(weight, own):
+    tokens = torch.randn(4, 20)
+    torch.testing.assert_close(linear(tokens, weight, None, "cpu"), F.linear(tokens, weight))
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_many_at_once_and_of_gradients_that_move(own):
+    tokens, weight = torch.randn(4, 20, requires_grad=True), torch.randn(11, 20, requires_grad=True)
+    upstream = torch.randn(3, 4, 11)
+    many = [
+        torch.autograd.grad(function(tokens, weight), (tokens, weight), upstream, is_grads_batched=True)
+        for function in (lambda *t: linear(*t, None, "cpu"), F.linear)
+    ]
+    for ours, expected in zip(*many, strict=True):
+        torch.testing.assert_close(ours, expected)
+    with torch.autograd.forward_ad.dual_level():
+        out = F.linear(tokens.detach(), weight.detach())  # no dual itself
+        moving = torch.autograd.forward_ad.make_dual(torch.ones_like(out), torch.full_like(out, 2.0))
+        function = linear_module._Linear.apply(tokens, weight, None)
+        (gradient,) = torch.autograd.grad(function, tokens, moving)
+        tangent = torch.autograd.forward_ad.unpack_dual(gradient).tangent
+    torch.testing.assert_close(tangent, 2 * gradient)
+
+
+def test_what_was_made_without_gradients_may_be_added_to(own):
+    tokens, weight = torch.randn(2, 3, 20), torch.randn(11, 20)
+    with torch.no_grad():
+        out = linear(tokens, weight, None, "cpu")
+    assert not out._is_view()
+    out.add_(torch.ones(11, requires_grad=True)).sum().backward()
+
+
+def test_only_what_a_gradient_needs_is_kept(own):
+    """So that tokens of a frozen layer may be changed in place, and those of inference mode be shifted."""
+    weight, bias = torch.randn(11, 20), torch.zeros(11, requires_grad=True)
+    with torch.inference_mode():
+        tokens = torch.randn(4, 20)
+    linear(tokens, weight, bias, "cpu").sum().backward()
+    assert torch.equal(bias.grad, torch.full((11,), 4.0))
+    tokens = torch.randn(4, 20, requires_grad=True) * 1
+    out = linear(tokens, weight, None, "cpu")
+    tokens.mul_(2)
+    out.sum().backward()
+
+
+def test_it_is_compiled_whole(own):
+    tensors = torch.randn(40, 20), torch.randn(11, 20), torch.randn(11)
+    compiled = torch.compile(lambda *t: linear(*t, "cpu"), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*tensors), F.linear(*tensors))

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from uniad_fast.kernels.cpu import build
 
 from uniad_fast.ops import products
@@ -47,6 +48,23 @@ def test_what_was_found_first_stays(folder):
     assert len(list(folder.iterdir())) == 2
 
 
+def test_what_was_found_stays_where_no_file_can_have_two_names(folder, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(build.os, "link", refuse)
+    assert build.remembered("products", lambda: {"output": 2.5}) == {"output": 2.5}
+    assert build.remembered("products", lambda: {"output": 0.5}) == {"output": 2.5}
+
+
+def test_what_was_found_holds_for_these_kernels_alone(folder, monkeypatch, tmp_path):
+    build.remembered("products", lambda: {"output": 2.5})
+    other = tmp_path / "other.cpp"
+    other.write_text("int other;")
+    monkeypatch.setattr(build, "SOURCES", [*build.SOURCES, other])
+    assert build.remembered("products", lambda: {"output": 0.5}) == {"output": 0.5}
+
+
 def test_who_asks_together_gets_one_answer(folder):
     both, found = threading.Barrier(2), []
 
@@ -65,7 +83,9 @@ def test_who_asks_together_gets_one_answer(folder):
     assert len(found) == 2 and found[0] == found[1]
 
 
-@pytest.mark.parametrize("content", ["", '{"output": ', "[1, 2]", '{"output": "much"}'])
+@pytest.mark.parametrize(
+    "content", ["", '{"output": ', "[1, 2]", '{"output": "much"}', "{}", '{"output": NaN}', "[" * 100_000]
+)
 def test_a_damaged_file_is_found_anew(content, folder):
     build.remembered("products", lambda: {"output": 2.5})
     (path,) = folder.iterdir()
@@ -80,7 +100,7 @@ def test_nothing_is_measured_in_every_run_where_nothing_can_be_kept(tmp_path, mo
     assert build.remembered("products", lambda: {"output": 0.5}) is None
     products._chosen.cache_clear()
     try:
-        assert fastest(196, 3, 5) == (OWN, OWN, OWN)
+        assert fastest(196, 3, 5) == (OWN, OWN, OWN) and fastest(31, 3, 5) == (TORCH, TORCH, TORCH)
     finally:
         products._chosen.cache_clear()
 
@@ -117,7 +137,7 @@ def test_the_fastest_one_is_found_and_touches_no_generator(folder, monkeypatch):
     monkeypatch.setattr(products, "_measured", find)
     products._chosen.cache_clear()
     try:
-        assert fastest(196, 5, 7) == fastest(1, 5, 7) == (TORCH, ONEDNN, OWN)
+        assert fastest(196, 5, 7) == fastest(129, 5, 7) == (TORCH, ONEDNN, OWN)
         assert fastest(196, 7, 5) == (OWN, ONEDNN, TORCH)
         assert fastest(6272, 5, 7) == fastest(1568, 5, 7) == (TORCH, ONEDNN, OWN)
         assert measured == [(256, 5, 7), (256, 7, 5), (2048, 5, 7)]
@@ -136,9 +156,9 @@ def first_asked(folder):
 
 @pytest.mark.parametrize(("gain", "pays"), [(0.5, False), (1.0, False), (1.8, True)])
 def test_bfloat16_pays_where_its_products_are_the_faster_ones(gain, pays, first_asked, monkeypatch):
-    monkeypatch.setattr(products, "_seconds", lambda *_: [1.0, gain])
+    monkeypatch.setattr(products, "_seconds", lambda *_: [1.0, gain, gain + 1])
     assert bfloat16_gain() == gain and bfloat16_pays() == pays
-    monkeypatch.setattr(products, "_seconds", lambda *_: [1.0, 3.0])
+    monkeypatch.setattr(products, "_seconds", lambda *_: [1.0, 3.0, 4.0])
     bfloat16_gain.cache_clear()
     assert bfloat16_gain() == gain, "it was not remembered"
 
@@ -146,15 +166,16 @@ def test_bfloat16_pays_where_its_products_are_the_faster_ones(gain, pays, first_
 @pytest.mark.parametrize("default", [torch.float64, "meta"], ids=str)
 def test_bfloat16_is_compared_with_float32_whatever_the_default(default, first_asked, monkeypatch):
     made = []
-    monkeypatch.setattr(products, "_seconds", lambda *ways: made.extend(way() for way in ways) or [1.0, 2.0])
+    monkeypatch.setattr(products, "_seconds", lambda *ways: made.extend(way() for way in ways) or [1.0, 2.0, 2.5])
     kind, put = ("device", torch.set_default_device) if default == "meta" else ("dtype", torch.set_default_dtype)
     put(default)
     try:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), FakeTensorMode():
             assert bfloat16_gain() == 2.0
     finally:
         put(None if kind == "device" else torch.float32)
-    assert [t.dtype for t in made] == [torch.bfloat16, torch.float32] and all(t.device.type == "cpu" for t in made)
+    assert [t.dtype for t in made] == [torch.bfloat16, *[torch.float32] * (len(WAYS) - 1)]
+    assert all(type(t) is torch.Tensor and t.device.type == "cpu" for t in made)
 
 
 def test_bfloat16_is_measured_where_nothing_can_be_kept(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -96,13 +97,19 @@ def paths() -> list[str]:
 
 
 def remembered(name: str, find: Callable[[], dict[str, float]]) -> dict[str, float] | None:
-    """What `find` found on this machine, with this torch, when it was first asked; None where nothing can be kept.
+    """What `find` found on this machine, with this torch and these kernels, when it was first asked.
 
-    Processes that ask together all get what one of them found.
+    Processes that ask together all get what one of them found. None where nothing can be kept.
     """
-    made_of = hashlib.sha256(f"{torch.__version__}\0{_processor()}".encode())
+    return _remembered(f"{name}-{_made_of(SOURCES, [torch.__version__, _processor()])}", find)
+
+
+def _remembered(name: str, find: Callable[[], dict[str, float]]) -> dict[str, float] | None:
     try:
-        path = _folder() / f"{name}-{made_of.hexdigest()[:20]}.json"
+        path = _folder() / f"{name}.json"
+    except BuildError:
+        return None
+    try:
         if (found := _numbers(path)) is not None:
             return found
         if path.exists() and _numbers(path) is None:
@@ -111,21 +118,26 @@ def remembered(name: str, find: Callable[[], dict[str, float]]) -> dict[str, flo
         with tempfile.TemporaryDirectory(prefix=f"building-{os.getpid()}-", dir=path.parent) as folder:
             made = Path(folder, path.name)
             made.write_text(json.dumps(find()))
-            with contextlib.suppress(FileExistsError):  # another process was sooner
+            try:
                 os.link(made, path)
+            except FileExistsError:  # another process was sooner
+                pass
+            except OSError:  # a file system without links: the last one to write is right
+                os.replace(made, path)
         return _numbers(path)
-    except (OSError, BuildError):
+    except OSError:
         return None
 
 
 def _numbers(path: Path) -> dict[str, float] | None:
-    """{name: number} in a file; None where there is no such file."""
+    """{name: number} in a file; None where there is no such file, or something else in it."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    numbers = isinstance(found, dict) and all(isinstance(each, int | float) for each in found.values())
-    return found if numbers else None
+    if not isinstance(found, dict) or not found:
+        return None
+    return found if all(isinstance(n, int | float) and math.isfinite(n) for n in found.values()) else None
 
 
 @cache
@@ -143,22 +155,20 @@ def _pairs_pay(compiler: str) -> bool:
     if not _processor_flags() & {"avx512_bf16", "bf16"}:
         return True
 
+    flags = [*_FLAGS, *_flags(None, compiler)]
+
     def measured() -> dict[str, float]:
-        library = _library("pairs", [_PAIR_RATE], [*_FLAGS, *_flags(None, compiler)], compiler)
+        library = _library("pairs", [_PAIR_RATE], flags, compiler)
         library.uniad_pairs_gain.restype = ctypes.c_double
         return {"gain": library.uniad_pairs_gain()}
 
-    return (remembered("pairs", measured) or measured()).get("gain", 0.0) > 1
+    name = f"pairs-{_made_of([_PAIR_RATE], _told(flags, compiler))}"
+    return (_remembered(name, measured) or measured()).get("gain", 0.0) > 1
 
 
 def _library(kind: str, sources: list[Path], flags: list[str], compiler: str, what: str = "") -> ctypes.CDLL:
     """The library of these sources, compiled unless it lies there already. what: to be said if it has to be."""
-    made_of = hashlib.sha256()
-    for file in (*sources, *_HEADERS):
-        made_of.update(file.read_bytes())
-    for text in (*flags, compiler, torch.__version__, _processor()):
-        made_of.update(text.encode() + b"\0")
-    name = f"{kind}-{made_of.hexdigest()[:20]}"
+    name = f"{kind}-{_made_of(sources, _told(flags, compiler))}"
     if (library := _find(_folder(), name)) is None:
         if what:
             print(f"uniad_fast: compiling {what}", file=sys.stderr)
@@ -167,6 +177,20 @@ def _library(kind: str, sources: list[Path], flags: list[str], compiler: str, wh
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise BuildError(f"the compiled C++ kernels can't be loaded: {error}") from error
+
+
+def _told(flags: list[str], compiler: str) -> list[str]:
+    """What a library hangs on besides its sources."""
+    return [*flags, compiler, torch.__version__, _processor()]
+
+
+def _made_of(sources: list[Path], told: list[str]) -> str:
+    made_of = hashlib.sha256()
+    for file in (*sources, *_HEADERS):
+        made_of.update(file.read_bytes())
+    for text in told:
+        made_of.update(text.encode() + b"\0")
+    return made_of.hexdigest()[:20]
 
 
 def _flags(path: str | None, compiler: str) -> list[str]:

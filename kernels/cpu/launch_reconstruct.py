@@ -31,7 +31,7 @@ def panel() -> int:
 
 
 def has_pairs() -> bool:
-    """Whether the kernel multiplies bfloat16, by vectors of pairs or by tiles, where this pays."""
+    """Whether the kernel was compiled to multiply bfloat16, by vectors of pairs or by tiles."""
     return bool(load().uniad_has_pairs())
 
 
@@ -46,7 +46,7 @@ def reconstruct(
     """The network's output [B, N, C] of tokens [B, N, C], float32; position [N, width].
 
     network: parameters in the order of reconstruct.cpp, float32; a float is a norm's epsilon.
-    in_bfloat16: round the operands of linear layers to it, where `has_pairs`.
+    in_bfloat16: round the operands of linear layers to it where `has_pairs`; elsewhere all is float32 all the same.
     """
     out = torch.empty(tokens.shape, dtype=torch.float32, device="cpu")
     held = [contiguous(word) if isinstance(word, Tensor) else word for word in network]  # until the kernel returns

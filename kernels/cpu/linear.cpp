@@ -170,6 +170,7 @@ void multiply_rows(
     for (int64_t p = begin; p < end; p++) pack_panel(right, p, 0, depth, packed + p * depth * COLUMNS);
   });
   // As many blocks for each thread; where one ends changes no sum.
+  if (rows == 0) return;
   const int64_t turns = (rows + BLOCK * threads - 1) / (BLOCK * threads);
   const int64_t block = round_up((rows + turns * threads - 1) / (turns * threads), ROWS);
   at::parallel_for(0, (rows + block - 1) / block, 1, [&](int64_t begin, int64_t end) {

@@ -1,9 +1,9 @@
 // What products of pairs of bfloat16 are worth on the processor at hand, beside products of the floats they stand for.
 // A library of its own, compiled before the kernels: the answer decides how those are compiled.
 //
-// AMD's processors multiply a pair in the time of a float. Intel's take a pair for two instructions' worth of four, so
-// that floats, which need no rounding either, are twice as fast; their bfloat16 is in tiles, which a guest of a virtual
-// machine is not always let near.
+// AMD's processors multiply a vector of pairs in the time of a vector of floats. Intel's take four times as long, so that
+// floats, which need no rounding either, are twice as fast; their bfloat16 is in tiles, which a guest of a virtual machine
+// is not always let near.
 #include <algorithm>
 #include <chrono>
 
@@ -26,7 +26,7 @@ template <class Mode> double seconds(const uint32_t* left, const uint32_t* right
     multiply<Mode, FLOATS>(left, 1, right, 2 * LANES, WORDS, sum);
     for (int r = 0; r < ROWS; r++)
       for (int v = 0; v < 2; v++) store(out + (r * 2 + v) * LANES, sum[r][v]);
-    asm volatile("" ::: "memory");  // or one product would do for all
+    asm volatile("" : : "r"(left), "r"(right), "r"(out) : "memory");  // or one product would do for all, and none either
   }
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }

@@ -23,6 +23,7 @@ from ..data.feature_cache import CacheError, default_cache_dir
 from ..detect.detector import AnomalyDetector
 from ..files import atomic_path, locked, sha256_of_file
 from ..image_size import in_json, in_words
+from ..models.precision import computes_in_bfloat16
 from ..state_dicts import hash_of_state_dict
 from .export import onnx_model, quiet
 from .graph import ResidualGraph
@@ -61,6 +62,7 @@ class EngineFiles:
         backbone, size = self._pipeline.backbone, in_json(self._pipeline.image_size)
         told["levels"] = [backbone.out_indices, backbone.stride, backbone.padded_for]
         told["sizes"] = [size, self._pipeline.model.feature_size, self._pipeline.precision]
+        told["bfloat16"] = computes_in_bfloat16(self._pipeline.precision, self._detector.device)
         told["versions"] = {name: _version(name) for name in ("torch", "onnx", "onnxscript")} | {"own": __version__}
         text = f"{hash_of_state_dict(state)} {json.dumps(told, sort_keys=True, default=str)}"
         return _home(self._cache_dir) / hashlib.sha256(text.encode()).hexdigest()[:32]

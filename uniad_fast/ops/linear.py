@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from . import products
 from .dispatch import choose_impl
-from .tracing import is_traced
+from .tracing import is_traced, without_memory
 
 
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> Tensor:
@@ -22,13 +22,16 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None
     wanted = tokens.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     differentiated = torch.is_grad_enabled() and wanted
     if torch.is_autocast_enabled("cpu"):
-        if not (differentiated and torch.get_autocast_dtype("cpu") == torch.bfloat16 and _has_tiles()):
+        by_tiles = torch.get_autocast_dtype("cpu") == torch.bfloat16 and products.has_onednn() and _has_tiles()
+        if not (differentiated and by_tiles):
             return F.linear(tokens, weight, bias)
         product, tokens = _LinearInTiles.apply, tokens.to(torch.bfloat16)
     else:
         product = _Linear.apply if differentiated else _output
     flat = tokens.reshape(-1, tokens.shape[-1])
-    return product(flat, weight, bias).view(*tokens.shape[:-1], weight.shape[0])
+    out = product(flat, weight, bias)
+    # As F.linear does: what is no view may be added to in place, whatever it was made under.
+    return torch.ops.aten._unsafe_view(out, (*tokens.shape[:-1], weight.shape[0]))
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -44,16 +47,18 @@ def add_product(total: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _is_chosen(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> bool:
+    if is_traced():
+        return False
     for tensor in (tokens, weight, *([] if bias is None else [bias])):
-        if tensor.device.type != "cpu" or tensor.is_neg():
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_neg():
             return False
         if tensor.dtype != torch.float32 and not (tensor is tokens and _is_autocasts(tensor)):
             return False
         if type(tensor) not in (Tensor, nn.Parameter):
             return False
+    if not tokens.ndim or weight.ndim != 2 or tokens.shape[-1] != weight.shape[1] or not tokens.numel():
+        return False  # for torch to answer, or to refuse
     if bias is not None and bias.shape != weight.shape[:1]:
-        return False  # for torch to refuse or broadcast
-    if is_traced() or not tokens.numel():
         return False
     if torch.autograd.forward_ad._current_level >= 0:
         return False
@@ -92,7 +97,10 @@ class _LinearInTiles(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):  # a backward pass may be called inside
             rows_gradient = torch.mm(out_gradient, weight) if with_rows else None
         weight_gradient, bias_gradient = None, None
-        if with_weight:
+        if with_weight and without_memory(out_gradient):
+            weight_gradient = torch.mm(out_gradient.float().t(), rows.float())
+            bias_gradient = out_gradient.sum(0, dtype=torch.float32) if with_bias else None
+        elif with_weight:
             weight_gradient, bias_gradient = launch_weight_gradient.weight_gradient(rows, out_gradient, with_bias)
         elif with_bias:
             bias_gradient = out_gradient.sum(0, dtype=torch.float32)
@@ -102,15 +110,19 @@ class _LinearInTiles(torch.autograd.Function):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        return _output(rows, weight, bias)
+        with_rows, with_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if with_weight else None, weight if with_rows else None)
+        ctx.ways = _ways(rows, weight)
+        return products.output(ctx.ways.output, rows, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
         with_rows, with_weight, with_bias = ctx.needs_input_grad
-        ways = _ways(rows, weight)
+        ways = ctx.ways
+        if without_memory(out_gradient) or torch.autograd.forward_ad._current_level >= 0:
+            ways = products.Ways(*(products.TORCH,) * len(ways))
         weight_gradient, bias_gradient = None, None
         with torch.autocast("cpu", enabled=False):  # a backward pass may be called inside
             rows_gradient = products.token_gradient(ways.token_gradient, out_gradient, weight) if with_rows else None

@@ -7,23 +7,26 @@ libraries and processors change, and remembered, since the choice decides about 
 it had.
 """
 
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 KINDS = ("output", "gradient of tokens", "gradients of weight and bias")
 OWN, TORCH, ONEDNN = "own", "torch", "onednn"
 OF_DOCTOR = (2048, 256, 1024)
 """Rows, channels in and out of what `doctor` tells: eight images of the paper's, an FFN's first layer."""
-_FEWEST, _MOST = 256, 2048
-"""Rows that are measured: powers of two between these stand for all numbers of rows."""
-_ROUNDS = 7
+_FEWEST, _MOST = 32, 2048
+"""Rows that are measured: powers of two between these stand for all numbers of rows. Fewer are torch's: to pack a
+weight takes longer than to multiply it by them."""
+_ROUNDS, _SECONDS = 5, 0.02
+"""Of a measurement: rounds at least, and how long each way is tried at least."""
 _GAIN = 1.05
 """By which a library has to be faster than our kernel, and bfloat16 than float32."""
 
@@ -78,15 +81,17 @@ def fastest(rows: int, ins: int, outs: int) -> Ways:
 
     Our kernel's, where a measurement can't be remembered.
     """
-    return _chosen(min(max(1 << (rows - 1).bit_length(), _FEWEST), _MOST), ins, outs)
+    if rows < _FEWEST:
+        return Ways(TORCH, TORCH, TORCH)
+    return _chosen(min(1 << (rows - 1).bit_length(), _MOST), ins, outs, torch.get_num_threads())
 
 
 @cache
 def bfloat16_gain() -> float:
-    """How many times as fast as float32's products torch computes those of bfloat16, in a layer of the paper's size."""
+    """How many times as fast as a library's products of float32 torch's of bfloat16 are, in a layer of the paper's."""
     from ..kernels.cpu import build
 
-    found = build.remembered("products-bfloat16", _measured_bfloat16) or _measured_bfloat16()
+    found = build.remembered("bfloat16", _measured_bfloat16) or _measured_bfloat16()
     return found.get("gain", 0.0)
 
 
@@ -96,28 +101,31 @@ def bfloat16_pays() -> bool:
 
 
 def _measured_bfloat16() -> dict[str, float]:
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        rows, ins, outs = OF_DOCTOR
-        shapes = ((outs,), (rows, ins), (ins, outs))
-        narrow, wide = (
-            [torch.ones(s, dtype=dtype, device="cpu") for s in shapes] for dtype in (torch.bfloat16, torch.float32)
+    with _by_itself():
+        count, ins, outs = OF_DOCTOR
+        shapes = ((count, ins), (outs, ins), (outs,))
+        rows, weight, bias = (torch.ones(s, dtype=torch.float32, device="cpu") for s in shapes)
+        narrow = [t.to(torch.bfloat16) for t in (rows, weight, bias)]
+        in_bfloat16, *in_float32 = _seconds(
+            lambda: torch.nn.functional.linear(*narrow),
+            *(lambda way=way: output(way, rows, weight, bias) for way in _others()),
         )
-        in_bfloat16, in_float32 = _seconds(lambda: torch.addmm(*narrow), lambda: torch.addmm(*wide))
-        return {"gain": round(in_float32 / in_bfloat16, 2)}
+        return {"gain": round(min(in_float32) / in_bfloat16, 2)}
 
 
 @cache
-def _chosen(rows: int, ins: int, outs: int) -> Ways:
+def _chosen(rows: int, ins: int, outs: int, threads: int) -> Ways:
     from ..kernels.cpu import build
 
-    found = build.remembered(f"linear-{rows}-{ins}-{outs}", lambda: _measured(rows, ins, outs)) or {}
-    gains = ({way: found.get(f"{kind} {way}", 0.0) for way in (TORCH, ONEDNN)} for kind in KINDS)
+    name = f"linear-{rows}-{ins}-{outs}-threads-{threads}"
+    found = build.remembered(name, lambda: _measured(rows, ins, outs)) or {}
+    gains = ({way: found.get(f"{kind} {way}", 0.0) for way in _others()} for kind in KINDS)
     return Ways(*(max(gain, key=lambda way: gain[way]) if max(gain.values()) > _GAIN else OWN for gain in gains))
 
 
 def _measured(count: int, ins: int, outs: int) -> dict[str, float]:
     """How many times as fast as our kernel the libraries are, by kind."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with _by_itself():
         shapes = ((count, ins), (outs, ins), (outs,), (count, outs))
         rows, weight, bias, gradient = (torch.ones(s, dtype=torch.float32, device="cpu") for s in shapes)
         calls: tuple[Callable[[str], object], ...] = (
@@ -125,7 +133,7 @@ def _measured(count: int, ins: int, outs: int) -> dict[str, float]:
             lambda way: token_gradient(way, gradient, weight),
             lambda way: weight_gradient(way, rows, gradient, True),
         )
-        others = (TORCH, ONEDNN) if has_onednn() else (TORCH,)
+        others = _others()
         found: dict[str, float] = {}
         for kind, call in zip(KINDS, calls, strict=True):
             ours, *theirs = _seconds(*(lambda way=way, call=call: call(way) for way in (OWN, *others)))
@@ -133,15 +141,28 @@ def _measured(count: int, ins: int, outs: int) -> dict[str, float]:
         return found
 
 
+def _others() -> tuple[str, ...]:
+    return (TORCH, ONEDNN) if has_onednn() else (TORCH,)
+
+
+@contextmanager
+def _by_itself() -> Iterator[None]:
+    """Tensors made and multiplied inside are real ones, whatever mode the caller is in."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
 def _seconds(*ways: Callable[[], object]) -> list[float]:
-    """Medians of rounds in which all take turns."""
+    """The shortest of rounds in which all take turns, since whatever else the machine does only takes time."""
+    for call in ways:
+        call()
     seconds: list[list[float]] = [[] for _ in ways]
-    for _ in range(_ROUNDS):
+    while len(seconds[0]) < _ROUNDS or min(map(sum, seconds)) < _SECONDS:
         for call, own in zip(ways, seconds, strict=True):
             start = time.perf_counter()
             call()
             own.append(time.perf_counter() - start)
-    return [statistics.median(each) for each in seconds]
+    return [min(each) for each in seconds]
 
 
 def _own() -> ModuleType:

@@ -20,7 +20,11 @@ def is_captured() -> bool:
 
 
 def without_memory(*tensors: Tensor | None) -> bool:
-    """Whether a launcher can't be handed these: they are traced, or of a class that answers for its own operators."""
+    """Whether a launcher can't be handed these: they are traced, many in one (as a backward pass may be given them),
+    or of a class that answers for its own operators.
+    """
     return is_traced() or any(
-        type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in tensors if t is not None
+        type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ or not torch._C._has_storage(t)
+        for t in tensors
+        if t is not None
     )

@@ -13,7 +13,7 @@ def panel() -> int:
 
 
 def has_pairs() -> bool:
-    """Whether its linear layers multiply bfloat16, which they do where that is faster than float32."""
+    """Whether its linear layers multiply bfloat16, which they do by default where that is faster than float32."""
     from ..kernels.cpu import launch_reconstruct
 
     return launch_reconstruct.has_pairs()
