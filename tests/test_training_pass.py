@@ -38,9 +38,9 @@ def tokens(batch=3) -> torch.Tensor:
     return torch.randn(batch, GRID[0] * GRID[1], 12, generator=torch.Generator().manual_seed(2))
 
 
-def step(model, x, bfloat16=False) -> list[torch.Tensor]:
+def step(model, x, bfloat16=False, seed=4) -> list[torch.Tensor]:
     """The reconstruction, and every parameter's gradient."""
-    torch.manual_seed(4)
+    torch.manual_seed(seed)
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         out = model.reconstruct(x)
     return [out, *torch.autograd.grad(F.mse_loss(out.to(x.dtype), x), list(model.parameters()))]
@@ -79,20 +79,34 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("options", SHAPES, ids=str)
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_numbers_are_the_definitions(options, bfloat16, taken, by_layers):
+def test_numbers_are_the_definitions(options, taken, by_layers):
     """The noise too: seeds are those of layer by layer, and the generator ends where it does."""
     model, x = build(**options, impl="cpu"), tokens()
-    ours, state = step(model, x, bfloat16), torch.get_rng_state()
-    plain = by_layers(model, x, bfloat16)
+    ours, state = step(model, x), torch.get_rng_state()
+    plain = by_layers(model, x)
     assert len(taken) == 1 and torch.equal(torch.get_rng_state(), state)
     truth = step(build(**options, impl="reference").double(), x.double())
     names = ["out", *(name for name, _ in model.named_parameters())]
     for name, mine, true, theirs in zip(names, ours, truth, plain, strict=True):
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
-        if bfloat16:  # layers round as often, elsewhere
-            theirs = true + 2.0**-6 * true.abs().max() + 2 * (theirs - true).abs().max()
         assert_within_budget(mine, true, theirs, name)
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+def test_numbers_in_bfloat16_are_as_near_as_layer_by_layer(options, taken, by_layers):
+    """In the median of draws: layers round as often, elsewhere, and one ReLU on the other side of 0 is a jump."""
+    model, x, seeds = build(**options, impl="cpu"), tokens(), range(4, 9)
+    truths = [step(build(**options, impl="reference").double(), x.double(), seed=seed) for seed in seeds]
+    sides: list[list[torch.Tensor]] = []
+    for run in (step, by_layers):
+        found = [run(model, x, True, seed=seed) for seed in seeds]
+        assert all(t.isfinite().all() for one in found for t in one)
+        off = [[(a - b).abs().max() for a, b in zip(*pair, strict=True)] for pair in zip(found, truths, strict=True)]
+        sides.append([torch.stack(each).median() for each in zip(*off, strict=True)])
+    assert len(taken) == len(seeds)
+    names = ["out", *(name for name, _ in model.named_parameters())]
+    for name, true, mine, theirs in zip(names, truths[0], *sides, strict=True):
+        assert mine <= 2 * theirs + 2.0**-6 * true.abs().max(), name
 
 
 def test_a_step_of_the_triton_kernels(taken):

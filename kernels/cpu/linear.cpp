@@ -48,22 +48,19 @@ int64_t vectors_of(int64_t columns, int64_t panel) { return columns - panel * CO
 
 // Rows first .. first + count - 1 of one panel of a matrix, zeros beyond its columns.
 void pack_panel(const Matrix& m, int64_t panel, int64_t first, int64_t count, float* out) {
-  const int64_t column = panel * COLUMNS, left = std::min(COLUMNS, m.columns - column);
-  const float* from = m.data + first * m.row_stride + column * m.column_stride;
-  if (m.column_stride == 1 && left == COLUMNS) {
-    for (int64_t k = 0; k < count; k++, from += m.row_stride, out += COLUMNS)
-      for (int v = 0; v < 2; v++) store(out + v * LANES, load<vfloat>(from + v * LANES));
-    return;
+  for (int v = 0; v < 2; v++, out += LANES) {
+    const int64_t column = panel * COLUMNS + v * LANES, left = std::clamp<int64_t>(m.columns - column, 0, LANES);
+    const float* from = m.data + first * m.row_stride + column * m.column_stride;
+    int64_t k = 0;
+    if (left == LANES && m.column_stride == 1)
+      for (; k < count; k++) store(out + k * COLUMNS, load<vfloat>(from + k * m.row_stride));
+    if (left == LANES && m.row_stride == 1)
+      for (; k + LANES <= count; k += LANES)
+        transpose((const uint32_t*)from + k, m.column_stride, (uint32_t*)out + k * COLUMNS, COLUMNS);
+    for (; k < count; k++)
+      for (int64_t c = 0; c < LANES; c++)
+        out[k * COLUMNS + c] = c < left ? from[k * m.row_stride + c * m.column_stride] : 0.f;
   }
-  int64_t k = 0;
-  if (m.row_stride == 1 && left == COLUMNS)
-    for (; k + LANES <= count; k += LANES)
-      for (int v = 0; v < 2; v++)
-        transpose((const uint32_t*)from + k + v * LANES * m.column_stride, m.column_stride,
-                  (uint32_t*)out + k * COLUMNS + v * LANES, COLUMNS);
-  for (; k < count; k++)
-    for (int64_t c = 0; c < COLUMNS; c++)
-      out[k * COLUMNS + c] = c < left ? from[k * m.row_stride + c * m.column_stride] : 0.f;
 }
 
 // out [valid][columns left] = sum (+ bias), or += sum.

@@ -25,7 +25,7 @@ OF_DOCTOR = (2048, 256, 1024)
 _FEWEST, _MOST = 32, 2048
 """Rows that are measured: powers of two between these stand for all numbers of rows. Fewer are torch's: to pack a
 weight takes longer than to multiply it by them."""
-_ROUNDS, _SECONDS = 5, 0.02
+_ROUNDS, _SECONDS = 5, 0.01
 """Of a measurement: rounds at least, and how long each way is tried at least."""
 _GAIN = 1.05
 """By which a library has to be faster than our kernel, and bfloat16 than float32."""
