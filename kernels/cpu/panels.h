@@ -29,12 +29,11 @@ struct Tokens {
   int64_t width(int64_t panel) const { return std::min<int64_t>(PANEL, padded() - panel * PANEL); }
 };
 
-// The part of `total` things that is one of the threads'.
+// One of `parts` parts of `total` things.
 struct Share {
   int64_t begin, end;
 
-  Share(int64_t total, int64_t thread, int64_t threads)
-      : begin(total * thread / threads), end(total * (thread + 1) / threads) {}
+  Share(int64_t total, int64_t part, int64_t parts) : begin(total * part / parts), end(total * (part + 1) / parts) {}
 };
 
 // Where a product reads or writes: the sequences' panels, and which of their channels.
@@ -153,6 +152,8 @@ void tiles(const Product& p, int64_t first, int64_t last, const Operands& x, con
   if constexpr (V == 1) {
     for (; o + TILE <= last; o += TILE) tile<Mode, TILE, 1>(p, o, x, residual, out);
   }
+  // Four outputs by two vectors are as many sums as multiplications are under way at a time.
+  for (; o + 4 <= last; o += 4) tile<Mode, 4, V>(p, o, x, residual, out);
   for (; o + 2 <= last; o += 2) tile<Mode, 2, V>(p, o, x, residual, out);
   for (; o < last; o++) tile<Mode, 1, V>(p, o, x, residual, out);
 }
@@ -161,7 +162,7 @@ void tiles(const Product& p, int64_t first, int64_t last, const Operands& x, con
 // first.
 template <class Mode> constexpr int64_t CACHED = 48 * 1024 * Mode::PAIR;
 
-// Outputs that a thread takes together.
+// Outputs at a multiple of which threads divide a block.
 template <class Mode> constexpr int64_t UNIT = IN_TILES<Mode> ? 2 * SIDE : NARROW_TILE;
 
 // Of a row of operands: by tiles, whole ones, zeros at the end.
@@ -216,34 +217,40 @@ inline void pair_panel(const float* from, int64_t ins, int64_t width, int64_t wo
 }
 #endif
 
-// This thread's part of the product of `batch` sequences. room: `pair_room` words, where Mode has pairs.
+// A part of the product of `batch` sequences. room: `pair_room` words of this thread's, where Mode has pairs.
 template <class Mode>
 inline void multiply_panels(
-    const Product& p, int64_t batch, Tokens tokens, Panels in, Panels out, int64_t thread, int64_t threads,
-    uint32_t* room) {
+    const Product& p, int64_t batch, Tokens tokens, Panels in, Panels out, int64_t part, int64_t parts, uint32_t* room) {
   constexpr int64_t UNITS = UNIT<Mode>;
-  const int64_t units = (p.outs + UNITS - 1) / UNITS, words = words_of<Mode>(p.ins);
-  const int64_t most = std::max<int64_t>(1, CACHED<Mode> / (words * Mode::PAIR) / UNITS);
-  const int64_t blocks = (units + most - 1) / most, groups = tokens.panels() * batch;
-  const int64_t per_block = (units + blocks - 1) / blocks, block = per_block * UNITS;
+  const int64_t words = words_of<Mode>(p.ins), vectors = tokens.padded() / LANES;
+  const int64_t most = std::max<int64_t>(1, CACHED<Mode> / (words * Mode::PAIR) / UNITS) * UNITS;
+  const int64_t blocks = (p.outs + most - 1) / most, block = round_up((p.outs + blocks - 1) / blocks, UNITS);
   [[maybe_unused]] std::conditional_t<IN_TILES<Mode>, Tiles, int> in_tiles{};
-  const Share share(blocks * groups * per_block, thread, threads);
-  int64_t paired = -1;  // block whose weights are in `room`
+  // Counted in vectors of outputs, one block after the other, in it one panel after the other: neither blocks nor panels
+  // are all of one size.
+  const Share share(p.outs * vectors * batch, part, parts);
+  int64_t paired = -1;  // first output of the block whose weights are in `room`
   for (int64_t i = share.begin; i < share.end;) {
-    const int64_t at = i / per_block, from = i % per_block, to = std::min(per_block, from + share.end - i);
-    const int64_t sequence = at % groups / tokens.panels(), panel = at % groups % tokens.panels();
-    const int64_t base = std::min(p.outs, at / groups * block), width = tokens.width(panel);
-    const int64_t first = std::min(p.outs, base + from * UNITS), last = std::min(p.outs, base + to * UNITS);
+    const int64_t base = i / (batch * vectors * block) * block, size = std::min(block, p.outs - base);
+    const int64_t in_block = i - base * batch * vectors, sequence = in_block / (vectors * size);
+    const int64_t in_sequence = in_block % (vectors * size), panel = in_sequence / (2 * size);
+    const int64_t width = tokens.width(panel), wide = width / LANES, begin = in_sequence - panel * 2 * size;
+    const int64_t end = std::min(size * wide, begin + share.end - i), from = begin / wide, to = end / wide;
+    const bool is_first = in_block < 2 * size || i == share.begin;
+    i += end - begin;
+    const auto whole = [&](int64_t o) { return o == size ? size : (o + UNITS / 2) / UNITS * UNITS; };
+    const int64_t first = base + std::min(whole(from), size), last = base + std::min(whole(to), size);
+    if (first == last) continue;
     const float* x = in.at(sequence, panel, width);
     const float* r = p.residual.data ? p.residual.at(sequence, panel, width) : nullptr;
     float* y = out.at(sequence, panel, width);
-    Operands operands{(const uint32_t*)p.weight, (const uint32_t*)x, words, 0, at % groups == 0 || i == share.begin};
+    Operands operands{(const uint32_t*)p.weight, (const uint32_t*)x, words, 0, is_first};
 #if defined(UNIAD_BF16)
     if constexpr (Mode::PAIR == 2) {
       uint32_t* panel_room = room + weight_room<Mode>(p.ins);
-      if (paired != at / groups) {
-        pair_weights(p.weight + base * p.ins, std::min(p.outs, base + block) - base, p.ins, words, room);
-        paired = at / groups;
+      if (paired != base) {
+        pair_weights(p.weight + base * p.ins, size, p.ins, words, room);
+        paired = base;
       }
       pair_panel(x, p.ins, width, words, panel_room);
       operands = {room, panel_room, words, base, false};
@@ -252,7 +259,6 @@ inline void multiply_panels(
     (void)paired;
     if (width == PANEL) tiles<Mode, 2>(p, first, last, operands, r, y);
     else tiles<Mode, 1>(p, first, last, operands, r, y);
-    i += to - from;
   }
 }
 

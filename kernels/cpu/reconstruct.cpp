@@ -4,6 +4,8 @@
 // What stands between two products happens in the first one's tiles, or where the norm passes by anyway.
 #include <ATen/Parallel.h>
 
+#include <atomic>
+
 #include "panel_attention.h"
 #include "panels.h"
 #include "scratch.h"
@@ -12,6 +14,7 @@ namespace uniad {
 namespace {
 
 constexpr int64_t TOGETHER = 16 * 1024 * 1024;  // bytes
+constexpr int64_t PARTS = 8;                    // of a phase, for each thread
 
 #if defined(UNIAD_AMX)
 using Most = Tiled;  // what there is for bfloat16, where `has_tiles`
@@ -58,6 +61,11 @@ struct Rows {
   int64_t batch_stride, token_stride, channel_stride;
 };
 
+// How many of a thread's parts somebody has taken; alone in its line, since threads count at once.
+struct alignas(64) Taken {
+  std::atomic<int64_t> count;
+};
+
 // Working memory, for a number of sequences.
 struct Buffers {
   float *position, *embed, *query;  // of one sequence
@@ -70,8 +78,11 @@ struct Buffers {
   uint32_t* pairs; // of products of bfloat16, likewise
   int64_t pair_words;
   bool in_tiles;
+  int64_t threads;
+  Taken* taken;  // of each thread's parts of a phase
 
-  Buffers(Scratch& scratch, const Sizes& s, int64_t together, int64_t threads, bool in_bfloat16) {
+  Buffers(Scratch& scratch, const Sizes& s, int64_t together, int64_t threads, bool in_bfloat16)
+      : threads(threads), taken(scratch.take<Taken>(threads)) {
     const Tokens n{s.tokens};
     const auto take = [&](int64_t channels, int64_t sequences) {
       return scratch.take<float>(channels * sequences * n.padded());
@@ -169,9 +180,9 @@ class Network {
     Panels key{b_.projected, 3 * s_.width * n_.padded(), 3 * s_.width, s_.width}, value = key;
     value.first = 2 * s_.width;
     const int64_t panels = n_.panels(), count = batch_ * s_.heads * panels;
-    phase([&](int64_t thread, int64_t threads) {
+    phase([&](int64_t part, int64_t parts, int64_t thread) {
       float* weights = b_.weights + thread * b_.attention_words;
-      const Share share(count, thread, threads);
+      const Share share(count, part, parts);
 #if defined(UNIAD_AMX)
       if (b_.in_tiles) return attend_in_tiles(a, query, key, value, share, (uint32_t*)weights);
 #endif
@@ -224,13 +235,13 @@ class Network {
   }
 
   void run_product(const Product& p, Panels in, Panels out) {
-    phase([&](int64_t thread, int64_t threads) {
+    phase([&](int64_t part, int64_t parts, int64_t thread) {
       if (b_.in_tiles)
-        multiply_panels<Most>(p, batch_, n_, in, out, thread, threads, b_.pairs + thread * b_.pair_words);
+        multiply_panels<Most>(p, batch_, n_, in, out, part, parts, b_.pairs + thread * b_.pair_words);
       else if (b_.pair_words)
-        multiply_panels<Brain>(p, batch_, n_, in, out, thread, threads, b_.pairs + thread * b_.pair_words);
+        multiply_panels<Brain>(p, batch_, n_, in, out, part, parts, b_.pairs + thread * b_.pair_words);
       else
-        multiply_panels<Single>(p, batch_, n_, in, out, thread, threads, nullptr);
+        multiply_panels<Single>(p, batch_, n_, in, out, part, parts, nullptr);
     });
   }
 
@@ -254,17 +265,24 @@ class Network {
 
   // f(sequence, panel) for every one.
   template <class F> void each_panel(F f) {
-    phase([&](int64_t thread, int64_t threads) {
-      const Share share(batch_ * n_.panels(), thread, threads);
+    phase([&](int64_t part, int64_t parts, int64_t) {
+      const Share share(batch_ * n_.panels(), part, parts);
       for (int64_t i = share.begin; i < share.end; i++) f(i / n_.panels(), i % n_.panels());
     });
   }
 
-  // f(thread, threads) on all of torch's threads.
+  // f(part, parts, thread) for all parts, on all of torch's threads. A thread takes those that are its own, which are what
+  // it had in the phase before, and then what others have not come to: cores are not equally fast, and all wait for the last.
   template <class F> void phase(F f) {
-    const int64_t threads = at::get_num_threads();
+    const int64_t threads = b_.threads, each = b_.pair_words ? 1 : PARTS;  // a part rounds its weights anew
+    for (int64_t thread = 0; thread < threads; thread++) b_.taken[thread].count = 0;
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t thread = begin; thread < end; thread++) f(thread, threads);
+      for (int64_t thread = begin; thread < end; thread++)
+        for (int64_t i = 0; i < threads; i++) {
+          const int64_t owner = (thread + i) % threads;
+          for (int64_t n; (n = b_.taken[owner].count.fetch_add(1, std::memory_order_relaxed)) < each;)
+            f(owner * each + n, threads * each, thread);
+        }
     });
   }
 
