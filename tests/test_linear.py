@@ -8,7 +8,8 @@ from uniad_fast.kernels.cpu import build, launch_weight_gradient
 
 from uniad_fast.ops import linear as linear_module
 from uniad_fast.ops import products
-from uniad_fast.ops.linear import linear
+from uniad_fast.ops.dropout import dropout
+from uniad_fast.ops.linear import linear, linear_relu_dropout
 from uniad_fast.testing import assert_within_budget
 
 HAS_TILES = build.problem() is None and launch_weight_gradient.has_tiles()
@@ -184,6 +185,78 @@ def test_gradients_of_many_at_once_and_of_gradients_that_move(own):
         (gradient,) = torch.autograd.grad(function, tokens, moving)
         tangent = torch.autograd.forward_ad.unpack_dual(gradient).tangent
     torch.testing.assert_close(tangent, 2 * gradient)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_relu_and_dropout_in_the_products_place(dropout_p, bias, own):
+    """The same bits as one after the other, gradients too, and nothing of the caller's is written to."""
+    made = [torch.randn(2, 30, 20), torch.randn(11, 20), *([torch.randn(11)] if bias else [])]
+    upstream = torch.randn(2, 30, 11)
+
+    def run(function):
+        tensors = [t.clone().requires_grad_() for t in made]
+        torch.manual_seed(3)
+        out = function(tensors[0], tensors[1], tensors[2] if bias else None)
+        gradients = torch.autograd.grad(out, tensors, upstream)
+        assert all(torch.equal(a, b) for a, b in zip(tensors, made, strict=True))
+        return [out, *gradients, torch.get_rng_state()]
+
+    together = run(lambda *t: linear_relu_dropout(*t, dropout_p, "cpu"))
+    apart = run(lambda *t: dropout(linear(*t, "cpu"), dropout_p, relu=True, impl="cpu"))
+    for ours, expected in zip(together, apart, strict=True):
+        assert torch.equal(ours, expected)
+    assert (together[0] == 0).float().mean() > 0.4 and together[0].min() == 0
+
+
+def test_relu_and_dropout_keep_one_tensor_of_the_hidden_width(own):
+    tokens, weight = torch.randn(64, 16), torch.randn(4096, 16, requires_grad=True)
+    counted = []
+    for function in (
+        lambda: linear_relu_dropout(tokens, weight, None, 0.1, "cpu"),
+        lambda: dropout(linear(tokens, weight, None, "cpu"), 0.1, relu=True, impl="cpu"),
+    ):
+        with torch.profiler.profile(profile_memory=True) as profiled:
+            function()
+        sizes = [event.self_cpu_memory_usage for event in profiled.key_averages()]
+        counted.append(sum(size for size in sizes if size > 0) // (64 * 4096 * 4))
+    assert counted == [1, 2]
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_relu_and_dropout_give_what_is_wanted_alone(wanted, own):
+    made = [torch.randn(5, 20), torch.randn(11, 20), torch.randn(11)]
+    tensors = [t.requires_grad_(number in wanted) for number, t in enumerate(made)]
+    linear_relu_dropout(*tensors, 0.0, "cpu").sum().backward()
+    ours = [t.grad for t in tensors]
+    for t in tensors:
+        t.grad = None
+    F.relu(F.linear(*tensors)).sum().backward()
+    for number, (mine, tensor) in enumerate(zip(ours, tensors, strict=True)):
+        assert (mine is not None) == (number in wanted)
+        if mine is not None:
+            torch.testing.assert_close(mine, tensor.grad)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_relu_and_dropout_of_many_gradients_at_once(own):
+    tokens, weight = torch.randn(4, 20, requires_grad=True), torch.randn(11, 20, requires_grad=True)
+    upstream = torch.randn(3, 4, 11)
+    out = linear_relu_dropout(tokens, weight, None, 0.3, "cpu")
+    many = torch.autograd.grad(out, (tokens, weight), upstream, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(out, (tokens, weight), one, retain_graph=True) for one in upstream]
+    for ours, expected in zip(many, zip(*single, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(expected))
+
+
+def test_a_hook_on_the_first_layer_sees_the_product(own):
+    """So ReLU and dropout are not in its place."""
+    layer, seen = make().train().transformer.encoder.layers[0], []
+    layer.linear1.register_forward_hook(lambda _, __, out: seen.append(out))
+    tokens = torch.randn(2, 35, layer.linear1.in_features, requires_grad=True)
+    layer.feed_forward(tokens).sum().backward()
+    torch.testing.assert_close(seen[0], F.linear(tokens, layer.linear1.weight, layer.linear1.bias))
+    assert (seen[0] < 0).any()
 
 
 def test_what_was_made_without_gradients_may_be_added_to(own):

@@ -221,10 +221,10 @@ def norm_backward(
     return x_gradient, summed_over_batch(sum_gradient, residual), weight_and_bias[0], weight_and_bias[1]
 
 
-def dropout_forward(x: Tensor, dropout_p: float, relu: bool, seed: Tensor | None) -> Tensor:
-    """dropout(x), or dropout(relu(x)), of x [R, C]."""
+def dropout_forward(x: Tensor, dropout_p: float, relu: bool, seed: Tensor | None, in_place: bool = False) -> Tensor:
+    """dropout(x), or dropout(relu(x)), of x [R, C]; in its place if that is asked for, and it is contiguous."""
     x = contiguous(x)
-    out = torch.empty_like(x)
+    out = x if in_place else torch.empty_like(x)
     if x.numel() > 0:
         _call(load().uniad_dropout_forward, x.dtype, _rows(x, 1, dropout_p, 0.0, seed), relu, x, out)
     return out

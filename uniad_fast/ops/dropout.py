@@ -46,7 +46,7 @@ def dropout_add_norm(
     eps = float(eps)
     if not (eps >= 0 and math.isfinite(eps)):
         raise ValueError(f"eps must be a finite number >= 0, got {eps}")
-    dropout_p, seed, impl = _checked(x, dropout_p, seed, impl)
+    dropout_p, seed, impl = checked(x, dropout_p, seed, impl)
     if impl == "torch":
         return torch_impl.dropout_add_norm(x, residual, weight, bias, dropout_p, eps, seed)
     if impl == "reference":
@@ -86,7 +86,7 @@ def dropout(
     check_same_kind(x=x)
     if x.ndim < 1:
         raise ValueError(f"x must be [..., C], got {tuple(x.shape)}")
-    dropout_p, seed, impl = _checked(x, dropout_p, seed, impl)
+    dropout_p, seed, impl = checked(x, dropout_p, seed, impl)
     if dropout_p == 0 and not relu:
         return x
     if impl == "torch":
@@ -118,7 +118,7 @@ def _check_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> No
             raise ValueError(f"{name} must be floating point and on {x.device}, got {tensor.dtype} on {tensor.device}")
 
 
-def _checked(
+def checked(
     x: Tensor, dropout_p: float, seed: int | Tensor | None, impl: str | None
 ) -> tuple[float, int | Tensor | None, str]:
     """The probability that acts, the seed that it needs (None without dropout), and the implementation for x."""

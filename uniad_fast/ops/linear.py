@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import products
-from .dispatch import choose_impl
+from .checks import seed_tensor
+from .dispatch import choose_impl, launchers
+from .dropout import checked, dropout
 from .tracing import is_traced, without_memory
 
 
@@ -31,6 +33,25 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None
     flat = tokens.reshape(-1, tokens.shape[-1])
     out = product(flat, weight, bias)
     # As F.linear does: what is no view may be added to in place, whatever it was made under.
+    return torch.ops.aten._unsafe_view(out, (*tokens.shape[:-1], weight.shape[0]))
+
+
+def linear_relu_dropout(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, dropout_p: float, impl: str | None
+) -> Tensor:
+    """dropout(relu(`linear`)), which where both are ours is one tensor instead of two: the product is nobody else's.
+
+    tokens [..., C_in], weight [C_out, C_in], bias [C_out] -> [..., C_out]. The noise is that of `dropout`.
+    """
+    wanted = tokens.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    together = torch.is_grad_enabled() and wanted and tokens.ndim > 1 and not torch.is_autocast_enabled("cpu")
+    if not (together and _is_chosen(tokens, weight, bias, impl)):
+        return dropout(linear(tokens, weight, bias, impl), dropout_p, relu=True, impl=impl)
+    dropout_p, seed, impl = checked(tokens, dropout_p, None, impl)
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    out = _LinearReluDropout.apply(
+        flat, weight, bias, dropout_p, None if seed is None else seed_tensor(seed, tokens.device)
+    )
     return torch.ops.aten._unsafe_view(out, (*tokens.shape[:-1], weight.shape[0]))
 
 
@@ -107,6 +128,9 @@ class _LinearInTiles(torch.autograd.Function):
         return rows_gradient, weight_gradient, bias_gradient
 
 
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -117,22 +141,50 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        rows, weight = ctx.saved_tensors
-        with_rows, with_weight, with_bias = ctx.needs_input_grad
-        ways = ctx.ways
+    def backward(ctx: Any, out_gradient: Tensor) -> _Gradients:
+        return _gradients(ctx, out_gradient, *ctx.saved_tensors)
+
+
+class _LinearReluDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, dropout_p: float, seed: Tensor | None
+    ) -> Tensor:
+        with_rows, with_weight, *_ = ctx.needs_input_grad
+        ctx.ways, ctx.dropout_p = _ways(rows, weight), dropout_p
+        out = products.output(ctx.ways.output, rows, weight, bias)
+        out = launchers("cpu").dropout_forward(out, dropout_p, True, seed, in_place=True)
+        ctx.save_for_backward(rows if with_weight else None, weight if with_rows else None, out, seed)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, out, seed = ctx.saved_tensors
         if without_memory(out_gradient) or torch.autograd.forward_ad._current_level >= 0:
-            ways = products.Ways(*(products.TORCH,) * len(ways))
-        weight_gradient, bias_gradient = None, None
-        with torch.autocast("cpu", enabled=False):  # a backward pass may be called inside
-            rows_gradient = products.token_gradient(ways.token_gradient, out_gradient, weight) if with_rows else None
-            if with_weight:
-                weight_gradient, bias_gradient = products.weight_gradient(
-                    ways.weight_gradient, rows, out_gradient, with_bias
-                )
-            elif with_bias:
-                bias_gradient = out_gradient.sum(0)
-        return rows_gradient, weight_gradient, bias_gradient
+            gradient = out_gradient * ((out > 0) / (1 - ctx.dropout_p))
+        else:
+            gradient = launchers("cpu").dropout_backward(out_gradient, out, ctx.dropout_p, True, seed)
+        return *_gradients(ctx, gradient, rows, weight), None, None
+
+
+def _gradients(ctx: Any, out_gradient: Tensor, rows: Tensor | None, weight: Tensor | None) -> _Gradients:
+    """Of a layer's rows, weight and bias, those that are wanted."""
+    with_bias = ctx.needs_input_grad[2]
+    ways = ctx.ways
+    if without_memory(out_gradient) or torch.autograd.forward_ad._current_level >= 0:
+        ways = products.Ways(*(products.TORCH,) * len(ways))
+    rows_gradient, weight_gradient, bias_gradient = None, None, None
+    with torch.autocast("cpu", enabled=False):  # a backward pass may be called inside
+        if weight is not None:
+            rows_gradient = products.token_gradient(ways.token_gradient, out_gradient, weight)
+        if rows is not None:
+            weight_gradient, bias_gradient = products.weight_gradient(
+                ways.weight_gradient, rows, out_gradient, with_bias
+            )
+        elif with_bias:
+            bias_gradient = out_gradient.sum(0)
+    return rows_gradient, weight_gradient, bias_gradient
 
 
 def _output(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
