@@ -221,10 +221,18 @@ def norm_backward(
     return x_gradient, summed_over_batch(sum_gradient, residual), weight_and_bias[0], weight_and_bias[1]
 
 
-def dropout_forward(x: Tensor, dropout_p: float, relu: bool, seed: Tensor | None, in_place: bool = False) -> Tensor:
-    """dropout(x), or dropout(relu(x)), of x [R, C]; in its place if that is asked for, and it is contiguous."""
+def dropout_forward(x: Tensor, dropout_p: float, relu: bool, seed: Tensor | None) -> Tensor:
+    """dropout(x), or dropout(relu(x)), of x [R, C]."""
     x = contiguous(x)
-    out = x if in_place else torch.empty_like(x)
+    return _dropout_into(torch.empty_like(x), x, dropout_p, relu, seed)
+
+
+def relu_dropout_in_place(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """x [R, C], contiguous, which is dropout(relu(x)) afterwards."""
+    return _dropout_into(x, x, dropout_p, True, seed)
+
+
+def _dropout_into(out: Tensor, x: Tensor, dropout_p: float, relu: bool, seed: Tensor | None) -> Tensor:
     if x.numel() > 0:
         _call(load().uniad_dropout_forward, x.dtype, _rows(x, 1, dropout_p, 0.0, seed), relu, x, out)
     return out

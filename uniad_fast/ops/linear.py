@@ -153,7 +153,8 @@ class _LinearReluDropout(torch.autograd.Function):
         with_rows, with_weight, *_ = ctx.needs_input_grad
         ctx.ways, ctx.dropout_p = _ways(rows, weight), dropout_p
         out = products.output(ctx.ways.output, rows, weight, bias)
-        out = launchers("cpu").dropout_forward(out, dropout_p, True, seed, in_place=True)
+        # oneDNN's may lie in an order of its own.
+        out = launchers("cpu").relu_dropout_in_place(out.contiguous(), dropout_p, seed)
         ctx.save_for_backward(rows if with_weight else None, weight if with_rows else None, out, seed)
         return out
 
