@@ -25,7 +25,7 @@ def python(code, **environment):
 
 @pytest.fixture
 def first_time(tmp_path, monkeypatch):
-    """Nothing is compiled yet, and nothing known. What is compiled is noted instead: (kind, flags)."""
+    """Nothing is compiled yet, and nothing known."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     build._load.cache_clear()
     yield

@@ -18,7 +18,7 @@ from bench.bench_model import build, feature
 from bench.tools.cases import MODEL
 from uniad_fast.models.precision import computes_in_bfloat16
 
-# First match wins, by the start of the operator's name.
+# First match wins, by the start of the operator's name. In float32 an FFN's ReLU + dropout is part of its product.
 KINDS = {
     "linear products": ("aten::mm", "aten::addmm", "aten::bmm", "_Linear", "_LinearBackward", "mkldnn::_linear"),
     "attention, forward": ("_Attention", "aten::_scaled_dot", "aten::scaled_dot"),

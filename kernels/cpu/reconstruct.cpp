@@ -350,7 +350,8 @@ int64_t uniad_has_tiles() { return uniad::has_tiles(); }
 
 // tensors: a network as an array of words, in the order of the structures above: encoder layers, decoder layers, the
 // last norm, the projections of input and output. strides: (batch, token, channel) of `in` and of `out`. in_bfloat16:
-// operands of the linear layers' products are rounded to it, and by tiles those of attention too; all else is float32.
+// operands of the linear layers' products are rounded to it where `uniad_has_pairs`, and by tiles those of attention too;
+// all else is float32.
 void uniad_reconstruct(
     const uniad::Sizes* s, const void* const* network, const float* position, const float* in, float* out,
     const int64_t* strides, int64_t in_bfloat16) {

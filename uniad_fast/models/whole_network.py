@@ -1,5 +1,5 @@
-"""A UniAD's forward pass in evaluation as one call of a C++ kernel, on a CPU in float32, or under autocast with the
-operands of its linear layers in bfloat16 and all else in float32.
+"""A UniAD's forward pass in evaluation as one call of a C++ kernel, on a CPU in float32, or under autocast, where this
+is the faster way, with the operands of its linear layers in bfloat16 and all else in float32.
 
 The kernel reads the parameters where they lie and keeps no copy of them, so that whatever changes them counts. It does
 the work of all modules at once, which nobody may notice: as soon as one of them is not just what this package made it,
