@@ -14,6 +14,9 @@ Into = tuple[Tensor | None, Tensor | None, Tensor | None]
 the last two of the same strides; None for a new tensor."""
 NOWHERE: Into = (None, None, None)
 
+ReluDropout = tuple[float, Tensor | None]
+"""ReLU and dropout at the end of a product: the probability, and the noise's seed, None where nothing is dropped."""
+
 
 def keep_threshold(dropout_p: float) -> int:
     """An element whose 16 random bits are below it is dropped."""
@@ -23,6 +26,13 @@ def keep_threshold(dropout_p: float) -> int:
 def jitter_threshold(prob: float) -> int:
     """A token whose 24 random bits are below it is jittered."""
     return round(prob * 2**24)
+
+
+def noise_numbers(seed: Tensor | None) -> tuple[int, int]:
+    """(key of the noise, number of the first plane, row or token in it) of a seed [] or [2]; waits for a GPU's."""
+    if seed is None:
+        return 0, 0
+    return (int(seed), 0) if seed.ndim == 0 else tuple(seed.tolist())
 
 
 def ceil_div(count: int, size: int) -> int:

@@ -1,19 +1,34 @@
-"""Linear layers: under autocast by the tiles of AMX, in float32 by our kernels, and what is torch's to answer."""
+"""Linear layers and FFNs: under autocast by tiles or pairs, in float32 by our kernels; and what is torch's."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_whole_network import make
-from uniad_fast.kernels.cpu import build, launch_weight_gradient
+from uniad_fast.kernels.cpu import build, launch_linear, launch_weight_gradient
 
 from uniad_fast.ops import linear as linear_module
 from uniad_fast.ops import products
 from uniad_fast.ops.dropout import dropout
-from uniad_fast.ops.linear import linear, linear_relu_dropout
+from uniad_fast.ops.linear import feed_forward, linear
 from uniad_fast.testing import assert_within_budget
 
 HAS_TILES = build.problem() is None and launch_weight_gradient.has_tiles()
 needs_tiles = pytest.mark.skipif(not HAS_TILES, reason="this processor has no tiles")
+HAS_PAIRS = build.problem() is None and launch_linear.has_pairs()
+WAYS = {
+    **({"tiles": products.Ways(products.ONEDNN, products.TORCH, products.TILES)} if HAS_TILES else {}),
+    **({"pairs": products.Ways(*[products.OWN] * 3)} if HAS_PAIRS else {}),
+    **({"torch": products.Ways(*[products.TORCH] * 3)} if HAS_TILES or HAS_PAIRS else {}),
+}
+
+
+@pytest.fixture(params=WAYS or [pytest.param(None, marks=pytest.mark.skip(reason="bfloat16 is torch's here"))])
+def narrow(request, monkeypatch):
+    """Products in bfloat16 go this way, however few rows there are."""
+    monkeypatch.setattr(products, "fastest", lambda *_: WAYS[request.param])
+    monkeypatch.setattr(products, "serves_bfloat16", lambda _: True)
+
+
 SHAPES = [(1, 1, 1), (7, 20, 11), (33, 272, 272), (1100, 40, 300), (600, 300, 17), (512, 256, 64)]
 """Rows, inputs, outputs: parts of tiles, of chunks, of tasks; and whole ones."""
 
@@ -53,10 +68,9 @@ def test_threads_change_no_bit():
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-@needs_tiles
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_layer_under_autocast(dtype, bias):
+def test_a_layer_under_autocast(dtype, bias, narrow):
     made = [torch.randn(3, 7, 20), torch.randn(11, 20), *([torch.randn(11)] if bias else [])]
     upstream = torch.randn(3, 7, 11).bfloat16()
 
@@ -75,9 +89,8 @@ def test_a_layer_under_autocast(dtype, bias):
         assert_within_budget(*results, str(number))
 
 
-@needs_tiles
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
-def test_only_what_is_wanted_is_computed(wanted):
+def test_only_what_is_wanted_is_computed(wanted, narrow):
     made = [torch.randn(5, 20), torch.randn(11, 20), torch.randn(11)]
     tensors = [t.requires_grad_(number in wanted) for number, t in enumerate(made)]
     with torch.autocast("cpu", torch.bfloat16):
@@ -94,13 +107,26 @@ def test_only_what_is_wanted_is_computed(wanted):
 
 
 def test_another_dtype_of_autocast_or_none_is_torchs(monkeypatch):
-    monkeypatch.setattr(linear_module._LinearInTiles, "apply", None)
+    monkeypatch.setattr(products, "serves_bfloat16", lambda _: False)
     tensors = [torch.randn(5, 20), torch.randn(11, 20).requires_grad_(), torch.randn(11)]
-    with torch.autocast("cpu", torch.float16):
-        assert linear(*tensors, None).dtype == torch.float16
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(linear(*tensors, None), F.linear(*tensors))
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            out = linear(*tensors, None)
+            assert out.dtype == dtype and torch.equal(out, F.linear(*tensors))
     assert linear(*tensors, None).dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [31, 32])
+def test_few_rows_under_autocast_are_torchs(rows, monkeypatch):
+    """To pack a weight takes longer than to multiply it by them."""
+    if not HAS_PAIRS:
+        pytest.skip("by tiles any number of rows is ours, and without either none is")
+    monkeypatch.setattr(products, "fastest", lambda *_: WAYS["pairs"])
+    called = []
+    monkeypatch.setattr(launch_linear, "output", lambda *a, real=launch_linear.output: called.append(1) or real(*a))
+    with torch.autocast("cpu", torch.bfloat16):
+        linear(torch.randn(rows, 20), torch.randn(11, 20), None, None)
+    assert len(called) == (rows == 32)
 
 
 @needs_tiles
@@ -109,8 +135,7 @@ def test_another_dtype_is_refused_by_the_kernel():
         launch_weight_gradient.weight_gradient(torch.zeros(2, 3), torch.zeros(2, 4).bfloat16(), True)
 
 
-@needs_tiles
-def test_a_backward_pass_inside_another_autocast():
+def test_a_backward_pass_inside_another_autocast(narrow):
     tensors = [torch.randn(5, 20).requires_grad_(), torch.full((11, 20), 100.0).requires_grad_()]
     with torch.autocast("cpu", torch.bfloat16):
         out = linear(*tensors, None, None)
@@ -187,51 +212,78 @@ def test_gradients_of_many_at_once_and_of_gradients_that_move(own):
     torch.testing.assert_close(tangent, 2 * gradient)
 
 
+def network(bias=True, ins=20, hidden=11, outs=6):
+    shapes = [(hidden, ins), (hidden,), (outs, hidden), (outs,)]
+    return [None if len(shape) == 1 and not bias else torch.randn(shape) for shape in shapes]
+
+
+def apart(tokens, first, second, dropout_p, impl):
+    noise = "cpu" if impl == "cpu" else "reference"  # which is the same
+    return linear(dropout(linear(tokens, *first, impl), dropout_p, relu=True, impl=noise), *second, impl)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("bias", [True, False])
-def test_relu_and_dropout_in_the_products_place(dropout_p, bias, own):
+def test_an_ffn_in_one(dropout_p, bias, own):
     """The same bits as one after the other, gradients too, and nothing of the caller's is written to."""
-    made = [torch.randn(2, 30, 20), torch.randn(11, 20), *([torch.randn(11)] if bias else [])]
-    upstream = torch.randn(2, 30, 11)
+    made = [torch.randn(2, 30, 20), *(t for t in network(bias) if t is not None)]
+    upstream = torch.randn(2, 30, 6)
 
     def run(function):
-        tensors = [t.clone().requires_grad_() for t in made]
+        tokens, *parameters = tensors = [t.clone().requires_grad_() for t in made]
+        layers = (parameters[:2], parameters[2:]) if bias else ([parameters[0], None], [parameters[1], None])
         torch.manual_seed(3)
-        out = function(tensors[0], tensors[1], tensors[2] if bias else None)
+        out = function(tokens, *layers, dropout_p, "cpu")
         gradients = torch.autograd.grad(out, tensors, upstream)
         assert all(torch.equal(a, b) for a, b in zip(tensors, made, strict=True))
+        with torch.no_grad():
+            torch.manual_seed(3)
+            assert torch.equal(function(tokens, *layers, dropout_p, "cpu"), out)
         return [out, *gradients, torch.get_rng_state()]
 
-    together = run(lambda *t: linear_relu_dropout(*t, dropout_p, "cpu"))
-    apart = run(lambda *t: dropout(linear(*t, "cpu"), dropout_p, relu=True, impl="cpu"))
-    for ours, expected in zip(together, apart, strict=True):
+    for ours, expected in zip(run(feed_forward), run(apart), strict=True):
         assert torch.equal(ours, expected)
-    assert (together[0] == 0).float().mean() > 0.4 and together[0].min() == 0
 
 
-def test_relu_and_dropout_keep_one_tensor_of_the_hidden_width(own):
-    tokens, weight = torch.randn(64, 16), torch.randn(4096, 16, requires_grad=True)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_an_ffn_under_autocast(dropout_p, narrow):
+    made, upstream = [torch.randn(3, 70, 20), *network()], torch.randn(3, 70, 6).bfloat16()
+
+    def run(function, dtype=torch.float32):
+        tokens, *parameters = tensors = [t.to(dtype).requires_grad_() for t in made]
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            out = function(tokens, parameters[:2], parameters[2:], dropout_p)
+        return [out, *torch.autograd.grad(out, tensors, upstream.to(out.dtype))]
+
+    ours = run(lambda *a: feed_forward(*a, "cpu"))
+    plain, truth = run(lambda *a: apart(*a, "torch")), run(lambda *a: apart(*a, "torch"), torch.float64)
+    assert [t.dtype for t in ours] == [t.dtype for t in plain]
+    for number, results in enumerate(zip(ours, truth, plain, strict=True)):
+        assert_within_budget(*results, str(number))
+
+
+def test_an_ffn_keeps_one_tensor_of_the_hidden_width(own):
+    tokens, parameters = torch.randn(64, 16), network(False, 16, 4096, 16)
+    layers = [(weight.requires_grad_(), None) for weight in (parameters[0], parameters[2])]
     counted = []
-    for function in (
-        lambda: linear_relu_dropout(tokens, weight, None, 0.1, "cpu"),
-        lambda: dropout(linear(tokens, weight, None, "cpu"), 0.1, relu=True, impl="cpu"),
-    ):
+    for function in (feed_forward, apart):
         with torch.profiler.profile(profile_memory=True) as profiled:
-            function()
+            function(tokens, *layers, 0.1, "cpu")
         sizes = [event.self_cpu_memory_usage for event in profiled.key_averages()]
         counted.append(sum(size for size in sizes if size > 0) // (64 * 4096 * 4))
     assert counted == [1, 2]
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
-def test_relu_and_dropout_give_what_is_wanted_alone(wanted, own):
-    made = [torch.randn(5, 20), torch.randn(11, 20), torch.randn(11)]
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (4,), (0, 2), (1, 4), (2, 3), (0, 1, 2, 3, 4)], ids=str)
+def test_an_ffn_gives_what_is_wanted_alone(wanted, own):
+    made = [torch.randn(5, 20), *network()]
     tensors = [t.requires_grad_(number in wanted) for number, t in enumerate(made)]
-    linear_relu_dropout(*tensors, 0.0, "cpu").sum().backward()
+    feed_forward(tensors[0], tensors[1:3], tensors[3:], 0.0, "cpu").sum().backward()
     ours = [t.grad for t in tensors]
     for t in tensors:
         t.grad = None
-    F.relu(F.linear(*tensors)).sum().backward()
+    F.linear(F.relu(F.linear(*tensors[:3])), *tensors[3:]).sum().backward()
     for number, (mine, tensor) in enumerate(zip(ours, tensors, strict=True)):
         assert (mine is not None) == (number in wanted)
         if mine is not None:
@@ -239,24 +291,34 @@ def test_relu_and_dropout_give_what_is_wanted_alone(wanted, own):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_relu_and_dropout_of_many_gradients_at_once(own):
-    tokens, weight = torch.randn(4, 20, requires_grad=True), torch.randn(11, 20, requires_grad=True)
-    upstream = torch.randn(3, 4, 11)
-    out = linear_relu_dropout(tokens, weight, None, 0.3, "cpu")
-    many = torch.autograd.grad(out, (tokens, weight), upstream, is_grads_batched=True, retain_graph=True)
-    single = [torch.autograd.grad(out, (tokens, weight), one, retain_graph=True) for one in upstream]
+def test_gradients_of_an_ffn_of_many_at_once(own):
+    parameters = [t.requires_grad_() for t in network()]
+    tokens, upstream = torch.randn(4, 20, requires_grad=True), torch.randn(3, 4, 6)
+    out = feed_forward(tokens, parameters[:2], parameters[2:], 0.3, "cpu")
+    tensors = (tokens, *parameters)
+    many = torch.autograd.grad(out, tensors, upstream, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(out, tensors, one, retain_graph=True) for one in upstream]
     for ours, expected in zip(many, zip(*single, strict=True), strict=True):
         torch.testing.assert_close(ours, torch.stack(expected))
 
 
-def test_a_hook_on_the_first_layer_sees_the_product(own):
-    """So ReLU and dropout are not in its place."""
+@pytest.mark.parametrize("second", [(6, 12), (12,)], ids=str)
+def test_a_second_layer_that_does_not_fit_is_torchs_to_refuse(second, own):
+    parameters = network()
+    with pytest.raises(RuntimeError, match="mat1 and mat2|size mismatch"):
+        feed_forward(torch.randn(5, 20), parameters[:2], (torch.randn(second), None), 0.0, "cpu")
+
+
+@pytest.mark.parametrize("hooked", ["linear1", "linear2"])
+def test_a_hook_on_a_layer_of_the_ffn_sees_its_product(hooked, own):
+    """So the FFN is not in one."""
     layer, seen = make().train().transformer.encoder.layers[0], []
-    layer.linear1.register_forward_hook(lambda _, __, out: seen.append(out))
+    getattr(layer, hooked).register_forward_hook(lambda module, given, out: seen.append((module, *given, out)))
     tokens = torch.randn(2, 35, layer.linear1.in_features, requires_grad=True)
     layer.feed_forward(tokens).sum().backward()
-    torch.testing.assert_close(seen[0], F.linear(tokens, layer.linear1.weight, layer.linear1.bias))
-    assert (seen[0] < 0).any()
+    module, given, out = seen[0]
+    torch.testing.assert_close(out, F.linear(given, module.weight, module.bias))
+    assert (out < 0).any() and (hooked == "linear1" or (given >= 0).all())
 
 
 def test_what_was_made_without_gradients_may_be_added_to(own):

@@ -6,11 +6,11 @@ import threading
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from uniad_fast.kernels.cpu import build
+from uniad_fast.kernels.cpu import build, launch_linear
 
 from uniad_fast.ops import products
 from uniad_fast.ops.linear import linear
-from uniad_fast.ops.products import KINDS, ONEDNN, OWN, TORCH, Ways, bfloat16_gain, bfloat16_pays, fastest
+from uniad_fast.ops.products import KINDS, ONEDNN, OWN, TILES, TORCH, Ways, bfloat16_gain, bfloat16_pays, fastest
 
 WAYS = (OWN, TORCH, *[ONEDNN] * products.has_onednn())
 
@@ -105,31 +105,37 @@ def test_nothing_is_measured_in_every_run_where_nothing_can_be_kept(tmp_path, mo
         products._chosen.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"], ids=str)
-def test_what_is_measured_is_float32_on_a_cpu_whatever_the_default(default, monkeypatch):
+def test_what_is_measured_is_on_a_cpu_whatever_the_default(default, dtype, monkeypatch):
+    if dtype == torch.bfloat16 and not launch_linear.has_pairs():
+        pytest.skip("nothing is measured in bfloat16 here")
     made = []
     monkeypatch.setattr(products, "_seconds", lambda *ways: made.extend(way() for way in ways) or [1.0] * len(ways))
     kind, put = ("device", torch.set_default_device) if default == "meta" else ("dtype", torch.set_default_dtype)
     put(default)
     try:
-        products._measured(3, 5, 7)
+        products._measured(3, 5, 7, dtype)
     finally:
         put(None if kind == "device" else torch.float32)
-    tensors = [t for one in made for t in (one if isinstance(one, tuple) else (one,))]
-    assert len(tensors) == 4 * len(WAYS) and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    parameters = [t for one in made if isinstance(one, tuple) for t in one]
+    rows = [t for t in made if not isinstance(t, tuple)]
+    assert len(parameters) == len(rows) == 2 * len(WAYS)
+    assert {t.dtype for t in parameters} == {torch.float32} and {t.dtype for t in rows} == {dtype}
+    assert all(t.device.type == "cpu" for t in (*parameters, *rows))
 
 
 def test_the_fastest_one_is_found_and_touches_no_generator(folder, monkeypatch):
     """A library has to be faster by more than a measurement may be off."""
     before = torch.get_rng_state()
-    found = products._measured(64, 5, 7)
+    found = products._measured(64, 5, 7, torch.float32)
     assert set(found) == {f"{kind} {way}" for kind in KINDS for way in WAYS[1:]}
     assert all(0.01 < ratio < 100 for ratio in found.values()) and torch.equal(before, torch.get_rng_state())
     measured = []
 
     def find(*shape):
         measured.append(shape)
-        gains = {5: (2.0, 1.04, 0.5), 7: (1.0, 1.2, 1.06)}[shape[1]]
+        gains = {5: (2.0, 1.14, 0.5), 7: (1.0, 1.2, 1.16)}[shape[1]]
         return {f"{kind} {TORCH}": gain for kind, gain in zip(KINDS, gains, strict=True)} | {
             f"{KINDS[1]} {ONEDNN}": 1.5
         }
@@ -140,9 +146,13 @@ def test_the_fastest_one_is_found_and_touches_no_generator(folder, monkeypatch):
         assert fastest(196, 5, 7) == fastest(129, 5, 7) == (TORCH, ONEDNN, OWN)
         assert fastest(196, 7, 5) == (OWN, ONEDNN, TORCH)
         assert fastest(6272, 5, 7) == fastest(1568, 5, 7) == (TORCH, ONEDNN, OWN)
-        assert measured == [(256, 5, 7), (256, 7, 5), (2048, 5, 7)]
+        assert measured == [(n, i, o, torch.float32) for n, i, o in ((256, 5, 7), (256, 7, 5), (2048, 5, 7))]
         products._chosen.cache_clear()
         assert fastest(256, 5, 7) == (TORCH, ONEDNN, OWN) and len(measured) == 3, "it was not remembered"
+        monkeypatch.setattr(products, "in_tiles", lambda: False)
+        assert fastest(256, 5, 7, torch.bfloat16) == (TORCH, ONEDNN, OWN) and measured[3] == (256, 5, 7, torch.bfloat16)
+        monkeypatch.setattr(products, "in_tiles", lambda: True)
+        assert fastest(2, 5, 7, torch.bfloat16) == (ONEDNN, TORCH, TILES) and len(measured) == 4
     finally:
         products._chosen.cache_clear()
 

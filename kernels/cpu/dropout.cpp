@@ -1,14 +1,13 @@
 // The passes between a transformer's products, on a CPU: dropout, add and LayerNorm in one, ReLU and dropout in one.
 //
 // Rows are tokens. The noise of element (row, col) is stream KEEP's of plane 0, redrawn in the backward pass.
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cmath>
 
 #include "philox.h"
 #include "scratch.h"
 #include "storage.h"
+#include "tasks.h"
 
 namespace uniad {
 namespace {
@@ -29,11 +28,9 @@ int64_t splits_of(int64_t rows) { return (rows + SPLIT_ROWS - 1) / SPLIT_ROWS; }
 
 // f(scratch, split, first row, last row + 1)
 template <class F> void over_splits(const Problem& p, F f) {
-  at::parallel_for(0, splits_of(p.rows), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      Scratch scratch;
-      f(scratch, i, i * SPLIT_ROWS, std::min((i + 1) * SPLIT_ROWS, p.rows));
-    }
+  over_tasks(splits_of(p.rows), [&](int64_t i, int64_t) {
+    Scratch scratch;
+    f(scratch, i, i * SPLIT_ROWS, std::min((i + 1) * SPLIT_ROWS, p.rows));
   });
 }
 

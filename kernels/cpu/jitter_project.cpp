@@ -4,14 +4,13 @@
 //
 // The backward pass redraws the noise. The weight's gradient is summed over splits of the tokens, whose number depends
 // on their count alone.
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cmath>
 
 #include "pack.h"
 #include "philox.h"
 #include "scratch.h"
+#include "tasks.h"
 
 namespace uniad {
 namespace {
@@ -34,8 +33,8 @@ struct Problem {
 int64_t splits_of(int64_t tokens) { return (tokens + SPLIT_TOKENS - 1) / SPLIT_TOKENS; }
 
 template <class F> void over_splits(const Problem& p, F f) {
-  at::parallel_for(0, splits_of(p.tokens), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) f(i, i * SPLIT_TOKENS, std::min((i + 1) * SPLIT_TOKENS, p.tokens));
+  over_tasks(splits_of(p.tokens), [&](int64_t i, int64_t) {
+    f(i, i * SPLIT_TOKENS, std::min((i + 1) * SPLIT_TOKENS, p.tokens));
   });
 }
 

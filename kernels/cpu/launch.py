@@ -15,6 +15,7 @@ from ..layout import (
     jitter_threshold,
     keep_threshold,
     like_tokens_first,
+    noise_numbers,
     summed_over_batch,
     unit_last_stride,
 )
@@ -265,7 +266,7 @@ def _attention(
     return ctypes.byref(
         _Attention(
             batch, heads, *window, head_dim, scale, scale * math.log2(math.e),
-            1 / (1 - dropout_p), keep_threshold(dropout_p), *_numbers(seed),
+            1 / (1 - dropout_p), keep_threshold(dropout_p), *noise_numbers(seed),
         )
     )  # fmt: skip
 
@@ -273,19 +274,12 @@ def _attention(
 def _jitter(tokens: Tensor, weight: Tensor, scale: float, prob: float, seed: Tensor) -> "ctypes._CArgObject":
     count, channels = tokens.shape
     threshold = jitter_threshold(prob)
-    return ctypes.byref(_Jitter(count, channels, weight.shape[0], scale / channels, threshold, *_numbers(seed)))
+    return ctypes.byref(_Jitter(count, channels, weight.shape[0], scale / channels, threshold, *noise_numbers(seed)))
 
 
 def _rows(x: Tensor, residual_rows: int, dropout_p: float, eps: float, seed: Tensor | None) -> "ctypes._CArgObject":
     threshold = keep_threshold(dropout_p)
-    return ctypes.byref(_Rows(*x.shape, residual_rows, eps, 1 / (1 - dropout_p), threshold, *_numbers(seed)))
-
-
-def _numbers(seed: Tensor | None) -> tuple[int, int]:
-    """(key of the noise, number of the first plane, row or token in it) of a seed [] or [2]."""
-    if seed is None:
-        return 0, 0
-    return (int(seed), 0) if seed.ndim == 0 else tuple(seed.tolist())
+    return ctypes.byref(_Rows(*x.shape, residual_rows, eps, 1 / (1 - dropout_p), threshold, *noise_numbers(seed)))
 
 
 def _floats(*shape: int) -> Tensor:

@@ -1,252 +1,398 @@
-// The three products of a linear layer in float32:
+// The three products of a linear layer whose weight is float32; tokens and gradients are float32 or bfloat16:
 //
-//     output  [R, O] = tokens [R, I] times weight [O, I]^T + bias [O]
-//     gradient of tokens [R, I] = gradient [R, O] times weight [O, I]
+//     output  [R, O] = tokens [R, I] times weight [O, I]^T + bias [O], then ReLU and dropout where they come next
+//     gradient of tokens [R, I] = gradient [R, O] times weight [O, I], then that of the ReLU and dropout before it
 //     gradients of weight [O, I] = gradient [R, O]^T times tokens [R, I], and of bias [O] = sum over R of gradient
 //
-// The right operand is packed into panels, [panel][summed axis][COLUMNS], of which a part of DEPTH stays in the first-level
-// cache while tiles of the left one pass by. Rows of tokens are read as they lie, an element broadcast at a time, so that
-// nothing of their size is written but the result. A weight's gradient is summed over them: there both operands are
-// packed, DEPTH rows at a time, which needs no turning. A tile's sum of DEPTH is in registers, the total in memory; in which
-// order things are added does not depend on the number of threads.
-#include <ATen/Parallel.h>
-
+// The right operand is packed into panels of words (see simd.h), [panel][summed axis][COLUMNS], of which a part is in the
+// first-level cache while tiles of the left one pass by. Rows of tokens are read as they lie, a word broadcast at a time, so
+// that nothing of their size is written but the result. A weight's gradient is summed over them: there both operands are
+// packed, a part of the rows at a time, which needs no turning. A part's sum is in registers, the total in memory, and what
+// follows a product is done when the last part is there; in which order things are added does not depend on the number of
+// threads.
 #include <algorithm>
 
+#include "pack.h"
+#include "philox.h"
 #include "scratch.h"
-#include "simd.h"
+#include "tasks.h"
 
 namespace uniad {
 namespace {
 
-constexpr int64_t COLUMNS = 2 * LANES;
-constexpr int64_t DEPTH = LANES == 16 ? 272 : 320;
-constexpr int64_t BLOCK = 96;  // rows of the left operand whose part of DEPTH stays in the second-level cache, at most
-constexpr int64_t OUTS = 128 / ROWS * ROWS;  // of a weight's gradient, packed together
-constexpr int64_t LINE = 64 / sizeof(float);
-constexpr int64_t AT_ONCE = 8;  // rows that are packed together: so many streams a processor fetches ahead
+// A tile: rows of the left operand by vectors of the right one. With AVX-512 four vectors are loaded where twelve rows
+// would be, from fewer places.
+constexpr int TILE = LANES == 16 ? 6 : ROWS, VECTORS = LANES == 16 ? 4 : 2;
+constexpr int64_t COLUMNS = VECTORS * LANES;
+constexpr int64_t DEPTH = LANES == 16 ? 128 : 320;      // words of a part: 32 or 20 KiB of a panel
+constexpr int64_t ROW_DEPTH = LANES == 16 ? 256 : 320;  // the same where rows are summed
+constexpr int64_t BLOCK = 96;   // rows of the left operand whose part stays in the second-level cache, at most
+constexpr int64_t OUTS = 96;    // of a weight's gradient, packed together: whole tiles, whole vectors
+constexpr int64_t LINE = 64 / sizeof(uint32_t);
+constexpr int64_t AHEAD = 32;   // rows between one that is packed and the one that is fetched
+constexpr int64_t AT_ONCE = 8;  // words of rows that are packed together: as many streams as a processor fetches ahead
+static_assert(OUTS % TILE == 0 && OUTS % LANES == 0);
+
+template <class Mode> using Element = std::conditional_t<Mode::PAIR == 2, bf16, float>;
 
 struct Layer {
   int64_t rows, ins, outs, token_stride, gradient_stride;  // strides of rows, in elements
 };
 
-struct Matrix {
-  const float* data;
+// ReLU and dropout of [rows, columns], as dropout.cpp has them; keep_threshold 0: no dropout.
+struct Dropout {
+  float keep_scale;
+  uint32_t keep_threshold;
+  int64_t seed, first_row;
+};
+
+template <class S> struct Matrix {
+  const S* data;
   int64_t rows, columns, row_stride, column_stride;
 };
 
+template <class Mode> int64_t words_of(int64_t elements) { return (elements + Mode::PAIR - 1) / Mode::PAIR; }
+
 int64_t panels_of(int64_t columns) { return (columns + COLUMNS - 1) / COLUMNS; }
 
-// Length of the parts, of DEPTH at most, that a summed axis is cut into.
-int64_t depth_of(int64_t length) {
-  const int64_t parts = std::max<int64_t>(1, (length + DEPTH - 1) / DEPTH);
+// Length of the parts, of `most` at most, that a summed axis is cut into.
+int64_t part_of(int64_t length, int64_t most) {
+  const int64_t parts = std::max<int64_t>(1, (length + most - 1) / most);
   return std::max<int64_t>(1, (length + parts - 1) / parts);
 }
 
 // Vectors of a panel that hold any column.
-int64_t vectors_of(int64_t columns, int64_t panel) { return columns - panel * COLUMNS > LANES ? 2 : 1; }
+int64_t vectors_of(int64_t columns, int64_t panel) {
+  return std::min<int64_t>(VECTORS, (columns - panel * COLUMNS + LANES - 1) / LANES);
+}
 
-// Rows first .. first + count - 1 of one panel of a matrix, zeros beyond its columns.
-void pack_panel(const Matrix& m, int64_t panel, int64_t first, int64_t count, float* out) {
-  for (int v = 0; v < 2; v++, out += LANES) {
-    const int64_t column = panel * COLUMNS + v * LANES, left = std::clamp<int64_t>(m.columns - column, 0, LANES);
-    const float* from = m.data + first * m.row_stride + column * m.column_stride;
-    int64_t k = 0;
-    if (left == LANES && m.column_stride == 1)
-      for (; k < count; k++) store(out + k * COLUMNS, load<vfloat>(from + k * m.row_stride));
-    if (left == LANES && m.row_stride == 1)
-      for (; k + LANES <= count; k += LANES)
-        transpose((const uint32_t*)from + k, m.column_stride, (uint32_t*)out + k * COLUMNS, COLUMNS);
-    for (; k < count; k++)
-      for (int64_t c = 0; c < LANES; c++)
-        out[k * COLUMNS + c] = c < left ? from[k * m.row_stride + c * m.column_stride] : 0.f;
+// f(number of vectors as a constant)
+template <class F> INLINE void with_vectors(int64_t vectors, F f) {
+  if (vectors == 1) f(std::integral_constant<int, 1>{});
+  if (vectors == 2) f(std::integral_constant<int, 2>{});
+  if constexpr (VECTORS == 4) {
+    if (vectors == 3) f(std::integral_constant<int, 3>{});
+    if (vectors == 4) f(std::integral_constant<int, 4>{});
   }
 }
 
-// out [valid][columns left] = sum (+ bias), or += sum.
-template <int V>
-INLINE void finish(const vfloat (&sum)[ROWS][V], const float* bias, bool is_first, int64_t valid, int64_t left, float* out,
-                   int64_t stride) {
-  vfloat shift[V] = {};
-  if (is_first && bias)
-    for (int v = 0; v < V; v++) shift[v] = load<vfloat>(bias + v * LANES);
-  if (valid == ROWS && left >= V * LANES) {
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; r++)
+// Word k of the column at `from` and its neighbours, of which `left` exist, along `rows` rows. Later ones, which lie apart,
+// are fetched: two operands of whole layers pass by, from memory.
+template <class Mode, class S> INLINE vword row_word(const S* from, int64_t stride, int64_t k, int64_t rows, int64_t left) {
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v++) {
-        float* at = out + r * stride + v * LANES;
-        store(at, sum[r][v] + (is_first ? shift[v] : load<vfloat>(at)));
-      }
+  for (int i = 0; i < Mode::PAIR; i++) __builtin_prefetch(from + (Mode::PAIR * k + AHEAD + i) * stride, 0, 3);
+  const auto row = [&](int64_t r) { return widen_vector(from + r * stride, left); };
+  if constexpr (Mode::PAIR == 1) return (vword)row(k);
+  const vfloat first = row(2 * k), second = 2 * k + 1 < rows ? row(2 * k + 1) : vfloat{};
+  if constexpr (sizeof(S) == 2) return (vword)first >> 16 | (vword)second;
+  return pair_lanes<Mode>(first, second);
+}
+
+// Word k of column c along the rows, zeros beyond them.
+template <class Mode, class S> uint32_t word_at(const Matrix<S>& m, int64_t k, int64_t c) {
+  uint32_t word = 0;
+  for (int i = 0; i < Mode::PAIR; i++) {
+    const int64_t r = Mode::PAIR * k + i;
+    if (r >= m.rows || c >= m.columns) continue;
+    Element<Mode> element;
+    narrow(widen(m.data[r * m.row_stride + c * m.column_stride]), &element);
+    memcpy((char*)&word + i * sizeof element, &element, sizeof element);
+  }
+  return word;
+}
+
+// Words first .. first + count - 1 of one panel of a matrix, zeros beyond its columns.
+template <class Mode, class S>
+void pack_panel(const Matrix<S>& m, int64_t panel, int64_t first, int64_t count, uint32_t* out) {
+  for (int64_t v = 0; v < vectors_of(m.columns, panel); v++, out += LANES) {
+    const int64_t column = panel * COLUMNS + v * LANES, left = m.columns - column;
+    const S* from = m.data + column * m.column_stride;
+    int64_t k = 0;
+    if (m.column_stride == 1)
+      for (; k < count; k++) store(out + k * COLUMNS, row_word<Mode>(from, m.row_stride, first + k, m.rows, left));
+    if constexpr (sizeof(S) == 4)
+      if (m.row_stride == 1 && left >= LANES)
+        for (; k + LANES <= count && Mode::PAIR * (first + k + LANES) <= m.rows; k += LANES) {
+          alignas(64) uint32_t block[LANES * LANES];
+          for (int c = 0; c < LANES; c++) {
+            const S* row = from + c * m.column_stride + Mode::PAIR * (first + k);
+            store(block + c * LANES, join_lanes<Mode>(row));
+          }
+          transpose(block, LANES, out + k * COLUMNS, COLUMNS);
+        }
+    for (; k < count; k++)
+      for (int64_t c = 0; c < LANES; c++) out[k * COLUMNS + c] = word_at<Mode>(m, first + k, column + c);
+  }
+}
+
+// Where a tile's sums go, and what is done to them before.
+template <class Mode> struct Ending {
+  Element<Mode>* out;
+  int64_t columns;                 // of the result, and from one row of it to the next
+  const float* bias;               // padded to whole panels, or null
+  const Dropout* dropout;          // null: no ReLU either
+  const uint64_t* keep;            // of the block's first row, `keep_words` for each; null: everything
+  int64_t keep_words;
+  const Element<Mode>* activated;  // what ReLU and dropout gave: their gradient is asked for; or null
+  float activated_scale;
+};
+
+template <class Mode, int V>
+INLINE void end_tile(vfloat (&sum)[TILE][V], const Ending<Mode>& e, int64_t row, int64_t column, int64_t row_in_block,
+                     int64_t valid) {
+  if (valid == TILE && column + V * LANES <= e.columns && !e.dropout && !e.activated) {  // as most are
+    vfloat shift[V] = {};
+#pragma GCC unroll 4
+    for (int v = 0; e.bias && v < V; v++) shift[v] = load<vfloat>(e.bias + column + v * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < TILE; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) narrow_vector(sum[r][v] + shift[v], e.out + (row + r) * e.columns + column + v * LANES);
     return;
   }
-  alignas(64) float some[ROWS][V * LANES];
-#pragma GCC unroll 12
-  for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) store(some[r] + v * LANES, sum[r][v] + shift[v]);
-  for (int64_t r = 0; r < valid; r++)
-    for (int64_t c = 0; c < std::min<int64_t>(left, V * LANES); c++)
-      out[r * stride + c] = some[r][c] + (is_first ? 0.f : out[r * stride + c]);
+#pragma GCC unroll 8
+  for (int r = 0; r < TILE; r++) {
+    if (r >= valid) return;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
+      const int64_t c = column + v * LANES, left = e.columns - c, at = (row + r) * e.columns + c;
+      vfloat x = sum[r][v];
+      if (e.bias) x += load<vfloat>(e.bias + c);
+      if (e.dropout) {
+        x = vmax(vfloat{}, x);
+        if (e.keep) {
+          const uint64_t bits = e.keep[(row_in_block + r) * e.keep_words + c / 64];
+          x = where((mask_t)(bits >> c % 64), x * e.dropout->keep_scale);
+        }
+      }
+      if (e.activated) x = widen_vector(e.activated + at, left) > 0.f ? x * e.activated_scale : vfloat{};
+      narrow_vector(x, e.out + at, left);
+    }
+  }
 }
 
-// What a tile will be written to.
-INLINE void prefetch_rows(const float* out, int64_t stride) {
-  for (int r = 0; r < ROWS; r++)
-    for (int64_t c = 0; c < COLUMNS; c += LINE) __builtin_prefetch(out + r * stride + c, 1, 3);
-}
-
-// ROWS rows of the left operand, of which the first `valid` count, times `depth` rows of a panel.
-template <int V>
-__attribute__((noinline)) void tile_of_rows(
-    const float* left, int64_t stride, int64_t valid, const float* panel, int64_t depth, const float* bias, bool is_first,
-    int64_t columns, float* out, int64_t out_stride) {
-  const uint32_t* row[ROWS];
-  vfloat sum[ROWS][V];
-  prefetch_rows(out, out_stride);
-#pragma GCC unroll 12
-  for (int r = 0; r < ROWS; r++) {
-    row[r] = (const uint32_t*)left + std::min<int64_t>(r, valid - 1) * stride;
-#pragma GCC unroll 2
+// TILE rows of the left operand, of which the first `valid` count, times `depth` words of a panel.
+template <class Mode, int V>
+INLINE void multiply_tile(const uint32_t* left, int64_t stride, int64_t valid, const uint32_t* panel, int64_t depth,
+                          vfloat (&sum)[TILE][V]) {
+  const uint32_t* row[TILE];
+#pragma GCC unroll 8
+  for (int r = 0; r < TILE; r++) {
+    row[r] = left + std::min<int64_t>(r, valid - 1) * stride;
+#pragma GCC unroll 4
     for (int v = 0; v < V; v++) sum[r][v] = vfloat{};
   }
   for (int64_t begin = 0; begin < depth; begin += LINE) {
     const int64_t end = std::min(begin + LINE, depth);
-    // The next tile's rows lie apart, so that nothing else fetches them in time; twelve would push the panel out.
-    if constexpr (LANES < 16)
+    // The next tile's rows lie apart, so that nothing else fetches them in time.
 #pragma GCC unroll 8
-      for (int r = 0; r < ROWS; r++) __builtin_prefetch(row[r] + ROWS * stride + begin, 0, 3);
+    for (int r = 0; r < TILE; r++) __builtin_prefetch(row[r] + TILE * stride + begin, 0, 3);
 #pragma GCC unroll 4
     for (int64_t k = begin; k < end; k++) {
-      vfloat right[V];
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++) right[v] = load<vfloat>(panel + k * COLUMNS + v * LANES);
-#pragma GCC unroll 12
-      for (int r = 0; r < ROWS; r++) {
-        const vfloat one = (vfloat)splat_word(row[r][k]);
-#pragma GCC unroll 2
-        for (int v = 0; v < V; v++) sum[r][v] += one * right[v];
+      vword right[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) right[v] = load<vword>(panel + k * COLUMNS + v * LANES);
+#pragma GCC unroll 8
+      for (int r = 0; r < TILE; r++) {
+        const vword one = splat_word(row[r][k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sum[r][v] = Mode::dot(sum[r][v], one, right[v]);
       }
     }
   }
-  finish(sum, bias, is_first, valid, columns, out, out_stride);
 }
 
-// The same where the left operand is packed, [depth][ROWS].
-template <int V>
-__attribute__((noinline)) void tile_of_packed(
-    const float* left, int64_t valid, const float* panel, int64_t depth, bool is_first, int64_t columns, float* out,
+template <int V> INLINE void add_totals(const float* totals, int64_t stride, vfloat (&sum)[TILE][V]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < TILE; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) sum[r][v] += load<vfloat>(totals + r * stride + v * LANES);
+}
+
+template <int V> INLINE void store_totals(const vfloat (&sum)[TILE][V], float* totals, int64_t stride) {
+#pragma GCC unroll 8
+  for (int r = 0; r < TILE; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) store(totals + r * stride + v * LANES, sum[r][v]);
+}
+
+// Rows first .. last - 1 of the left operand times one panel's part.
+template <class Mode, int V>
+__attribute__((noinline)) void multiply_block(
+    const uint32_t* left, int64_t stride, int64_t first, int64_t last, const uint32_t* panel, int64_t depth, int64_t column,
+    float* totals, bool is_first, bool is_last, const Ending<Mode>& ending) {
+  for (int64_t r = first; r < last; r += TILE, totals += TILE * COLUMNS) {
+    const int64_t valid = std::min<int64_t>(TILE, last - r);
+    // What the tile will be written to, and what is read there before.
+    if (is_last)
+      for (int64_t i = 0; i < valid; i++)
+        for (int64_t c = 0; c < V * LANES; c += 64 / sizeof(Element<Mode>)) {
+          const int64_t at = (r + i) * ending.columns + column + c;
+          __builtin_prefetch(ending.out + at, 1, 3);
+          if (ending.activated) __builtin_prefetch(ending.activated + at, 0, 3);
+        }
+    vfloat sum[TILE][V];
+    multiply_tile<Mode, V>(left + r * stride, stride, valid, panel, depth, sum);
+    if (!is_first) add_totals(totals, COLUMNS, sum);
+    if (is_last) end_tile<Mode, V>(sum, ending, r, column, r - first, valid);
+    else store_totals(sum, totals, COLUMNS);
+  }
+}
+
+// ending's result [rows, right.columns] = left [rows, right.rows] times right.
+template <class Mode>
+void multiply_rows(
+    const uint32_t* left, int64_t stride, int64_t rows, const Matrix<float>& right, const float* bias, Ending<Mode> ending) {
+  const int64_t panels = panels_of(right.columns), depth = words_of<Mode>(right.rows), part = part_of(depth, DEPTH);
+  const int64_t threads = at::get_num_threads();
+  if (rows == 0) return;
+  Scratch scratch;
+  uint32_t* packed = scratch.take<uint32_t>(panels * depth * COLUMNS);
+  if (bias) {
+    float* padded = scratch.take<float>(panels * COLUMNS);
+    std::copy(bias, bias + right.columns, padded), std::fill(padded + right.columns, padded + panels * COLUMNS, 0.f);
+    ending.bias = padded;
+  }
+  over_tasks(panels, [&](int64_t p, int64_t) { pack_panel<Mode>(right, p, 0, depth, packed + p * depth * COLUMNS); });
+  // As many blocks for each thread; where one ends changes no sum.
+  const int64_t turns = (rows + BLOCK * threads - 1) / (BLOCK * threads);
+  const int64_t block = round_up((rows + turns * threads - 1) / (turns * threads), TILE);
+  over_tasks((rows + block - 1) / block, [&](int64_t b, int64_t) {
+    Scratch own;
+    const int64_t first = b * block, last = std::min(rows, first + block);
+    float* totals = own.take<float>(block * COLUMNS);
+    Ending<Mode> here = ending;
+    if (const Dropout* d = ending.dropout; d && d->keep_threshold != 0) {
+      here.keep_words = (right.columns + 63) / 64;
+      uint64_t* keep = own.take<uint64_t>(block * here.keep_words);
+      for (int64_t r = first; r < last; r++)
+        keep_columns(Key(d->seed), 0, (uint32_t)(d->first_row + r), here.keep_words, d->keep_threshold,
+                     keep + (r - first) * here.keep_words);
+      here.keep = keep;
+    }
+    for (int64_t p = 0; p < panels; p++)
+      for (int64_t k = 0; k == 0 || k < depth; k += part) {  // a sum of nothing is the bias
+        const int64_t count = std::min(part, depth - k);
+        with_vectors(vectors_of(right.columns, p), [&](auto vectors) {
+          multiply_block<Mode, vectors>(left + k, stride, first, last, packed + (p * depth + k) * COLUMNS, count,
+                                        p * COLUMNS, totals, k == 0, k + part >= depth, here);
+        });
+      }
+  });
+}
+
+// `count` words of `columns` columns from `first` on, at most OUTS, zeros beyond the matrix, [word][OUTS]. What the columns
+// sum up to is added to `sums`.
+template <class Mode>
+void pack_columns(
+    const Matrix<Element<Mode>>& m, int64_t first, int64_t columns, int64_t begin, int64_t count, uint32_t* out, float* sums) {
+  for (int64_t k = 0; k < count; k += AT_ONCE)
+    for (int64_t c = 0; c < columns; c += LANES) {
+      vfloat sum = load<vfloat>(sums + c);
+      for (int64_t i = k; i < std::min(k + AT_ONCE, count); i++) {
+        const vword word = row_word<Mode>(m.data + first + c, m.row_stride, begin + i, m.rows, m.columns - first - c);
+        if constexpr (Mode::PAIR == 2) sum += (vfloat)(word << 16) + (vfloat)(word & 0xffff0000);
+        else sum += (vfloat)word;
+        store(out + i * OUTS + c, word);
+      }
+      store(sums + c, sum);
+    }
+}
+
+// TILE columns of a left operand [depth][OUTS], of which the first `valid` count, times a panel: stored, or added.
+template <class Mode, int V>
+__attribute__((noinline)) void multiply_packed(
+    const uint32_t* left, int64_t valid, const uint32_t* panel, int64_t depth, bool is_first, int64_t columns, float* out,
     int64_t out_stride) {
-  prefetch_rows(out, out_stride);
-  vfloat sum[ROWS][V] = {};
+  for (int64_t r = 0; r < valid; r++)
+    for (int64_t c = 0; c < V * LANES; c += LINE) __builtin_prefetch(out + r * out_stride + c, 1, 3);
+  vfloat sum[TILE][V] = {};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; k++) {
-    vfloat right[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) right[v] = load<vfloat>(panel + k * COLUMNS + v * LANES);
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; r++) {
-      const vfloat one = (vfloat)splat_word(((const uint32_t*)left)[k * ROWS + r]);
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++) sum[r][v] += one * right[v];
+    vword right[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) right[v] = load<vword>(panel + k * COLUMNS + v * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < TILE; r++) {
+      const vword one = splat_word(left[k * OUTS + r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) sum[r][v] = Mode::dot(sum[r][v], one, right[v]);
     }
   }
-  finish(sum, nullptr, is_first, valid, columns, out, out_stride);
-}
-
-// out [rows, right.columns] = left [rows, right.rows] times right, plus bias.
-void multiply_rows(
-    const float* left, int64_t left_stride, int64_t rows, const Matrix& right, const float* bias, float* out) {
-  const int64_t panels = panels_of(right.columns), depth = right.rows, part = depth_of(depth);
-  const int64_t threads = at::get_num_threads();
-  Scratch scratch;
-  float* packed = scratch.take<float>(panels * depth * COLUMNS);
-  float* shift = bias ? scratch.take<float>(panels * COLUMNS) : nullptr;
-  if (bias) std::copy(bias, bias + right.columns, shift), std::fill(shift + right.columns, shift + panels * COLUMNS, 0.f);
-  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p++) pack_panel(right, p, 0, depth, packed + p * depth * COLUMNS);
-  });
-  // As many blocks for each thread; where one ends changes no sum.
-  if (rows == 0) return;
-  const int64_t turns = (rows + BLOCK * threads - 1) / (BLOCK * threads);
-  const int64_t block = round_up((rows + turns * threads - 1) / (turns * threads), ROWS);
-  at::parallel_for(0, (rows + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; b++) {
-      const int64_t first = b * block, last = std::min(rows, first + block);
-      for (int64_t k = 0; k == 0 || k < depth; k += part)  // a sum of nothing is the bias
-        for (int64_t p = 0; p < panels; p++) {
-          const float* panel = packed + (p * depth + k) * COLUMNS;
-          const int64_t left_columns = right.columns - p * COLUMNS, count = std::min(part, depth - k);
-          const float* shifted = shift ? shift + p * COLUMNS : nullptr;
-          for (int64_t r = first; r < last; r += ROWS) {
-            const auto tile = vectors_of(right.columns, p) == 2 ? tile_of_rows<2> : tile_of_rows<1>;
-            tile(left + r * left_stride + k, left_stride, std::min<int64_t>(ROWS, last - r), panel, count, shifted, k == 0,
-                 left_columns, out + r * right.columns + p * COLUMNS, right.columns);
-          }
-        }
-    }
-  });
-}
-
-// Of a tile's rows, which a vector may be wider or narrower than.
-constexpr int VECTORS = (ROWS + LANES - 1) / LANES, WIDTH = VECTORS * LANES;
-
-// `count` rows of columns first .. first + tiles * ROWS - 1 as packed left operands, zeros beyond the matrix, a tile's `room`
-// after the one before. Each tile's sums are added to WIDTH of `sums`.
-void pack_columns(
-    const Matrix& m, int64_t first, int64_t tiles, int64_t begin, int64_t count, float* out, int64_t room, float* sums) {
-  for (int64_t k = 0; k < count; k += AT_ONCE) {
-    const int64_t rows = std::min(AT_ONCE, count - k);
-    for (int64_t t = 0; t < tiles; t++) {
-      const int64_t left = m.columns - first - t * ROWS;
-      const float* from = m.data + (begin + k) * m.row_stride + first + t * ROWS;
-      float* to = out + t * room + k * ROWS;
-      vfloat sum[VECTORS];
-      for (int v = 0; v < VECTORS; v++) sum[v] = load<vfloat>(sums + t * WIDTH + v * LANES);
-      for (int64_t r = 0; r < rows; r++) {
-        vfloat row[VECTORS] = {};
-        if (left >= WIDTH) memcpy(row, from + r * m.row_stride, sizeof row);
-        else memcpy(row, from + r * m.row_stride, left * sizeof(float));
-        for (int v = 0; v < VECTORS; v++) sum[v] += row[v];
-        memcpy(to + r * ROWS, row, sizeof row);  // what is too much the next row overwrites
-      }
-      for (int v = 0; v < VECTORS; v++) store(sums + t * WIDTH + v * LANES, sum[v]);
+#pragma GCC unroll 8
+  for (int r = 0; r < TILE; r++) {
+    if (r >= valid) return;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
+      float* at = out + r * out_stride + v * LANES;
+      const int64_t left_columns = columns - v * LANES;
+      narrow_vector(is_first ? sum[r][v] : widen_vector(at, left_columns) + sum[r][v], at, left_columns);
     }
   }
 }
 
 // Outputs [first, last) of the gradient of weight and, where there is `bias`, of bias; inputs of panels [panel, end).
+template <class Mode>
 void weight_gradient(
-    const Matrix& tokens, const Matrix& gradient, int64_t first, int64_t last, int64_t panel, int64_t end, float* weight,
-    float* bias) {
+    const Matrix<Element<Mode>>& tokens, const Matrix<Element<Mode>>& gradient, int64_t first, int64_t last, int64_t panel,
+    int64_t end, float* weight, float* bias) {
   Scratch scratch;
-  const int64_t rows = tokens.rows, part = depth_of(rows), columns = tokens.columns;
-  const int64_t room = part * ROWS + LINE;  // no multiple of what a cache's ways lie apart
-  float* left = scratch.take<float>(OUTS / ROWS * room + WIDTH);
-  float* right = scratch.take<float>((end - panel) * part * COLUMNS);
-  const int64_t lanes = (last - first + ROWS - 1) / ROWS * WIDTH;
-  float *sums = scratch.take<float>(lanes), *totals = scratch.take<float>(lanes);
-  std::fill(totals, totals + lanes, 0.f);
-  for (int64_t r = 0; r == 0 || r < rows; r += part) {
-    const int64_t count = std::min(part, rows - r);
-    for (int64_t k = 0; k < count; k += AT_ONCE)
+  const int64_t words = words_of<Mode>(tokens.rows), part = part_of(words, ROW_DEPTH), columns = tokens.columns;
+  uint32_t* left = scratch.take<uint32_t>(part * OUTS);
+  uint32_t* right = scratch.take<uint32_t>((end - panel) * part * COLUMNS);
+  const int64_t padded = round_up(last - first, OUTS);
+  float *sums = scratch.take<float>(padded), *totals = scratch.take<float>(padded);
+  std::fill(totals, totals + padded, 0.f);
+  for (int64_t k = 0; k == 0 || k < words; k += part) {
+    const int64_t count = std::min(part, words - k);
+    for (int64_t i = 0; i < count; i += AT_ONCE)
       for (int64_t p = panel; p < end; p++)
-        pack_panel(tokens, p, r + k, std::min(AT_ONCE, count - k), right + ((p - panel) * part + k) * COLUMNS);
+        pack_panel<Mode>(tokens, p, k + i, std::min(AT_ONCE, count - i), right + ((p - panel) * part + i) * COLUMNS);
+    std::fill(sums, sums + padded, 0.f);
     for (int64_t from = first; from < last; from += OUTS) {
-      const int64_t tiles = (std::min(OUTS, last - from) + ROWS - 1) / ROWS, at = (from - first) / ROWS * WIDTH;
-      std::fill(sums + at, sums + at + tiles * WIDTH, 0.f);
-      pack_columns(gradient, from, tiles, r, count, left, room, sums + at);
-      for (int64_t i = at; i < at + tiles * WIDTH; i++) totals[i] += sums[i];
+      const int64_t tiles = (std::min(OUTS, last - from) + TILE - 1) / TILE;
+      pack_columns<Mode>(gradient, from, tiles * TILE, k, count, left, sums + from - first);
       for (int64_t p = panel; p < end; p++)
         for (int64_t t = 0; t < tiles; t++) {
-          const int64_t o = from + t * ROWS;
-          const auto tile = vectors_of(columns, p) == 2 ? tile_of_packed<2> : tile_of_packed<1>;
-          tile(left + t * room, std::min<int64_t>(ROWS, last - o), right + (p - panel) * part * COLUMNS, count, r == 0,
-               columns - p * COLUMNS, weight + o * columns + p * COLUMNS, columns);
+          const int64_t o = from + t * TILE;
+          with_vectors(vectors_of(columns, p), [&](auto vectors) {
+            multiply_packed<Mode, vectors>(left + t * TILE, std::min<int64_t>(TILE, last - o),
+                                           right + (p - panel) * part * COLUMNS, count, k == 0, columns - p * COLUMNS,
+                                           weight + o * columns + p * COLUMNS, columns);
+          });
         }
     }
+    for (int64_t i = 0; i < padded; i++) totals[i] += sums[i];
   }
-  for (int64_t o = 0; bias && o < last - first; o++) bias[first + o] = totals[o / ROWS * WIDTH + o % ROWS];
+  if (bias) std::copy(totals, totals + last - first, bias + first);
+}
+
+template <class Mode>
+void weight_gradient_by_threads(
+    const Layer& l, const Element<Mode>* tokens, const Element<Mode>* gradient, float* weight, float* bias) {
+  const Matrix<Element<Mode>> right{tokens, l.rows, l.ins, l.token_stride, 1};
+  const Matrix<Element<Mode>> left{gradient, l.rows, l.outs, l.gradient_stride, 1};
+  const int64_t tiles = (l.outs + TILE - 1) / TILE, panels = panels_of(l.ins), threads = at::get_num_threads();
+  // Threads share one side of the weight, and each packs all of the other: the longer one where that is in equal parts,
+  // or else the one of more parts.
+  const bool by_outs = tiles >= panels && !(l.ins >= l.outs && panels % threads == 0);
+  const int64_t units = by_outs ? tiles : panels;
+  over_tasks(threads, [&](int64_t i, int64_t) {
+    const int64_t from = units * i / threads, to = units * (i + 1) / threads;
+    if (from == to) return;
+    if (by_outs)
+      weight_gradient<Mode>(right, left, from * TILE, std::min(l.outs, to * TILE), 0, panels, weight, bias);
+    else
+      weight_gradient<Mode>(right, left, 0, l.outs, from, to, weight, from == 0 ? bias : nullptr);
+  });
+}
+
+// f(mode) of what tensors of a dtype are multiplied by: pairs only where there are any.
+template <class F> void with_mode(int dtype, F f) {
+  if (dtype == 0) f(Single{});
+#if defined(UNIAD_BF16)
+  if (dtype == 1) f(Half{});
+#endif
 }
 
 }  // namespace
@@ -254,33 +400,43 @@ void weight_gradient(
 
 extern "C" {
 
-// All float32; tokens and gradient have rows `strides` apart, everything else is contiguous. bias: null if there is none.
+// Whether tensors of bfloat16 can be multiplied, and are the faster for it.
+int64_t uniad_linear_has_pairs() { return uniad::Brain::PAIR == 2; }
+
+// dtype 0 float32, 1 bfloat16 (which needs instructions for pairs, and tokens and gradients at addresses and strides of
+// whole words for the first two) of tokens, gradients, `out` and `activated`; weight, bias and their gradients are float32.
+// tokens and gradient have rows `strides` apart, everything else is contiguous. Null where there is none: bias, dropout,
+// activated.
 void uniad_linear_output(
-    const uniad::Layer* l, const float* tokens, const float* weight, const float* bias, float* out) {
-  uniad::multiply_rows(tokens, l->token_stride, l->rows, {weight, l->ins, l->outs, 1, l->ins}, bias, out);
+    int dtype, const uniad::Layer* l, const void* tokens, const float* weight, const float* bias,
+    const uniad::Dropout* dropout, void* out) {
+  uniad::with_mode(dtype, [&](auto mode) {
+    using Mode = decltype(mode);
+    uniad::Ending<Mode> ending{(uniad::Element<Mode>*)out, l->outs, nullptr, dropout, nullptr, 0, nullptr, 0.f};
+    uniad::multiply_rows<Mode>((const uint32_t*)tokens, l->token_stride / Mode::PAIR, l->rows,
+                               {weight, l->ins, l->outs, 1, l->ins}, bias, ending);
+  });
 }
 
-void uniad_linear_token_gradient(const uniad::Layer* l, const float* gradient, const float* weight, float* out) {
-  uniad::multiply_rows(gradient, l->gradient_stride, l->rows, {weight, l->outs, l->ins, l->ins, 1}, nullptr, out);
+void uniad_linear_token_gradient(
+    int dtype, const uniad::Layer* l, const void* gradient, const float* weight, const uniad::Dropout* dropout,
+    const void* activated, void* out) {
+  uniad::with_mode(dtype, [&](auto mode) {
+    using Mode = decltype(mode);
+    using T = uniad::Element<Mode>;
+    uniad::Ending<Mode> ending{(T*)out, l->ins, nullptr, nullptr, nullptr, 0, (const T*)activated,
+                               dropout ? dropout->keep_scale : 1.f};
+    uniad::multiply_rows<Mode>((const uint32_t*)gradient, l->gradient_stride / Mode::PAIR, l->rows,
+                               {weight, l->outs, l->ins, l->ins, 1}, nullptr, ending);
+  });
 }
 
 void uniad_linear_weight_gradient(
-    const uniad::Layer* l, const float* tokens, const float* gradient, float* weight, float* bias) {
-  using namespace uniad;
-  const Matrix right{tokens, l->rows, l->ins, l->token_stride, 1}, left{gradient, l->rows, l->outs, l->gradient_stride, 1};
-  const int64_t tiles = (l->outs + ROWS - 1) / ROWS, panels = panels_of(l->ins), threads = at::get_num_threads();
-  // Threads share the side of the weight that is cut into more parts, and each packs all of the other.
-  const bool by_outs = tiles >= panels;
-  const int64_t units = by_outs ? tiles : panels;
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; thread++) {
-      const int64_t from = units * thread / threads, to = units * (thread + 1) / threads;
-      if (from == to) continue;
-      if (by_outs)
-        weight_gradient(right, left, from * ROWS, std::min(l->outs, to * ROWS), 0, panels, weight, bias);
-      else
-        weight_gradient(right, left, 0, l->outs, from, to, weight, from == 0 ? bias : nullptr);
-    }
+    int dtype, const uniad::Layer* l, const void* tokens, const void* gradient, float* weight, float* bias) {
+  uniad::with_mode(dtype, [&](auto mode) {
+    using Mode = decltype(mode);
+    using T = uniad::Element<Mode>;
+    uniad::weight_gradient_by_threads<Mode>(*l, (const T*)tokens, (const T*)gradient, weight, bias);
   });
 }
 }

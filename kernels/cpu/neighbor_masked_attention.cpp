@@ -6,10 +6,9 @@
 // Scores are kept transposed, a row a key and a lane a query: the softmax then needs no sum across lanes, a row of
 // weights is an operand of the next product as it lies, and the window is one bit mask a row. Hidden is where row and
 // column are both near, so the mask of key (row, col) is near_row[row] & near_col[col], two short tables a group.
-#include <ATen/Parallel.h>
-
 #include "attention_backward.h"
 #include "attention_forward.h"
+#include "tasks.h"
 
 namespace uniad {
 namespace {
@@ -19,13 +18,11 @@ int64_t tasks_of(int64_t tokens) { return (tokens + TASK_TOKENS - 1) / TASK_TOKE
 Strides strides(const int64_t* s, int i) { return {s[3 * i], s[3 * i + 1], s[3 * i + 2]}; }
 
 // f(plane, number of the task, its first token, its last + 1) for every task, on torch's threads.
-template <class F> void over_tasks(const Problem& p, F f) {
+template <class F> void over_planes(const Problem& p, F f) {
   const int64_t each = tasks_of(p.tokens()), length = round_up((p.tokens() + each - 1) / each, 64);
-  at::parallel_for(0, p.batch * p.heads * each, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t first = i % each * length;
-      if (first < p.tokens()) f(i / each, i % each, first, std::min(first + length, p.tokens()));
-    }
+  over_tasks(p.batch * p.heads * each, [&](int64_t i, int64_t) {
+    const int64_t first = i % each * length;
+    if (first < p.tokens()) f(i / each, i % each, first, std::min(first + length, p.tokens()));
   });
 }
 
@@ -35,7 +32,7 @@ void forward(
     const int64_t* s) {
   const Forward<Mode, T> run{p, (const T*)query, (const T*)key, (const T*)value, (T*)out, stats,
                              strides(s, 0), strides(s, 1), strides(s, 2), strides(s, 3)};
-  over_tasks(p, [&](int64_t plane, int64_t, int64_t first, int64_t last) { run.task(plane, first, last); });
+  over_planes(p, [&](int64_t plane, int64_t, int64_t first, int64_t last) { run.task(plane, first, last); });
 }
 
 template <class Mode, class T> void backward(const Problem& p, void* const* t, float* query_parts, const int64_t* s) {
@@ -43,7 +40,7 @@ template <class Mode, class T> void backward(const Problem& p, void* const* t, f
       p, (const T*)t[0], (const T*)t[1], (const T*)t[2], (const T*)t[3], (const T*)t[4], (const float*)t[5],
       (T*)t[6], (T*)t[7], (T*)t[8], query_parts, strides(s, 0), strides(s, 1), strides(s, 2), strides(s, 3),
       strides(s, 4), strides(s, 5), strides(s, 6), strides(s, 7)};
-  over_tasks(p, [&](int64_t plane, int64_t i, int64_t first, int64_t last) { run.task(plane, i, first, last); });
+  over_planes(p, [&](int64_t plane, int64_t i, int64_t first, int64_t last) { run.task(plane, i, first, last); });
 }
 
 }  // namespace

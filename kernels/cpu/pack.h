@@ -87,4 +87,15 @@ template <class Mode> INLINE vword pair_lanes(vfloat first, vfloat second) {
   return (vword)first;
 }
 
+// PAIR * LANES neighbours of a row as words.
+template <class Mode> INLINE vword join_lanes(const float* p) {
+#if defined(UNIAD_NEON) && defined(UNIAD_BF16)
+  if constexpr (Mode::PAIR == 2)
+    return (vword)vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(load<float32x4_t>(p)), load<float32x4_t>(p + LANES));
+#elif defined(UNIAD_BF16)
+  if constexpr (Mode::PAIR == 2) return (vword)_mm512_cvtne2ps_pbh(load<__m512>(p + LANES), load<__m512>(p));
+#endif
+  return load<vword>(p);
+}
+
 }  // namespace uniad

@@ -1,6 +1,8 @@
 // Counter-based noise: the bits that uniad_fast/ops/noise.py defines, for vectors of rows or of channels.
 #pragma once
 
+#include <array>
+
 #include "simd.h"
 
 namespace uniad {
@@ -10,6 +12,10 @@ constexpr uint32_t KEEP = 0, JITTER = 1, JITTER_TOKEN = 2;  // streams: the last
 struct Key {
   uint32_t low, high;
   explicit Key(int64_t seed) : low((uint32_t)seed), high((uint32_t)((uint64_t)seed >> 32)) {}
+  Key(uint32_t low, uint32_t high) : low(low), high(high) {}
+
+  // Of the round after one with this key.
+  Key next() const { return Key(low + 0x9E3779B9u, high + 0xBB67AE85u); }
 };
 
 // High and low words of a * m.
@@ -42,24 +48,64 @@ INLINE void multiply_wide(vword a, uint32_t m, vword* high, vword* low) {
 #endif
 }
 
-// Philox-4x32-10: each counter w[i] becomes its four output words. A round waits for the one before, so that two
-// counters take little longer than one.
-template <int N> INLINE void philox(vword (&w)[N][4], Key key) {
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; round++) {
+INLINE void multiply_wide(uint32_t a, uint32_t m, uint32_t* high, uint32_t* low) {
+  const uint64_t product = (uint64_t)a * m;
+  *high = (uint32_t)(product >> 32);
+  *low = (uint32_t)product;
+}
+
+INLINE vword in_lanes(vword x) { return x; }
+INLINE vword in_lanes(uint32_t x) { return splat_word(x); }
+
+// a ^ b ^ key
+INLINE uint32_t mix(uint32_t a, uint32_t b, uint32_t key) { return a ^ b ^ key; }
+template <class A, class B> INLINE vword mix(A a, B b, uint32_t key) {
+#if defined(UNIAD_AVX512)
+  if constexpr (std::is_same_v<A, B>)
+    return (vword)_mm512_ternarylogic_epi32((__m512i)a, (__m512i)b, _mm512_set1_epi32((int)key), 0x96);
+#endif
+  if constexpr (std::is_same_v<A, uint32_t>) return in_lanes(a ^ key) ^ b;
+  else return a ^ in_lanes(b ^ key);
+}
+
+// The four words of a counter, each one number or a number a lane. Words that all lanes have in common stay so for up to
+// three rounds, in which half of the products are then of single numbers.
+template <class A, class B, class C, class D> struct Counter {
+  A a;
+  B b;
+  C c;
+  D d;
+};
+template <class A, class B, class C, class D> Counter(A, B, C, D) -> Counter<A, B, C, D>;
+
+template <class A, class B, class C, class D> INLINE auto philox_round(const Counter<A, B, C, D>& w, Key key) {
+  A high0, low0;
+  C high1, low1;
+  multiply_wide(w.a, 0xD2511F53u, &high0, &low0);
+  multiply_wide(w.c, 0xCD9E8D57u, &high1, &low1);
+  return Counter{mix(high1, w.b, key.low), low1, mix(high0, w.d, key.high), low0};
+}
+
+// Philox-4x32-10: each counter becomes its four output words. A round waits for the one before, so that two counters take
+// little longer than one.
+template <class AnyCounter, size_t N>
+INLINE void philox(const std::array<AnyCounter, N>& counters, Key key, vword (&out)[N][4]) {
+  const Key second = key.next(), third = second.next();
+  Counter<vword, vword, vword, vword> w[N];
 #pragma GCC unroll 2
-    for (int i = 0; i < N; i++) {
-      vword high0, low0, high1, low1;
-      multiply_wide(w[i][0], 0xD2511F53u, &high0, &low0);
-      multiply_wide(w[i][2], 0xCD9E8D57u, &high1, &low1);
-      w[i][0] = high1 ^ w[i][1] ^ key.low;
-      w[i][2] = high0 ^ w[i][3] ^ key.high;
-      w[i][1] = low1;
-      w[i][3] = low0;
-    }
-    key.low += 0x9E3779B9u;
-    key.high += 0xBB67AE85u;
+  for (size_t i = 0; i < N; i++) {
+    const auto mixed = philox_round(philox_round(philox_round(counters[i], key), second), third);
+    w[i] = {in_lanes(mixed.a), in_lanes(mixed.b), in_lanes(mixed.c), in_lanes(mixed.d)};
   }
+  key = third;
+#pragma GCC unroll 10
+  for (int round = 3; round < 10; round++) {
+    key = key.next();
+#pragma GCC unroll 2
+    for (size_t i = 0; i < N; i++) w[i] = philox_round(w[i], key);
+  }
+#pragma GCC unroll 2
+  for (size_t i = 0; i < N; i++) out[i][0] = w[i].a, out[i][1] = w[i].b, out[i][2] = w[i].c, out[i][3] = w[i].d;
 }
 
 INLINE vword lane_numbers() {
@@ -85,6 +131,28 @@ INLINE mask_t at_least(vword a, uint32_t threshold) {
 #endif
 }
 
+// Of the 32-bit words in two vectors, which lower and which upper halves are at least `threshold`: a bit a lane, those of
+// the second vector after those of the first.
+struct Decisions {
+  mask_t low, high;
+};
+INLINE Decisions decide(const vword& first, const vword& second, uint32_t threshold) {
+#if defined(UNIAD_AVX512)
+  if (threshold > 0xffff) return {0, 0};
+  alignas(64) static constexpr uint16_t EVEN[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                                    32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+  const __m512i even = load<__m512i>(EVEN), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+  const __m512i bound = _mm512_set1_epi16((short)threshold);
+  const auto of = [&](__m512i order) {
+    return (mask_t)_mm512_cmpge_epu16_mask(_mm512_permutex2var_epi16((__m512i)first, order, (__m512i)second), bound);
+  };
+  return {of(even), of(odd)};
+#else
+  return {at_least(first & 0xffff, threshold) | at_least(second & 0xffff, threshold) << LANES,
+          at_least(first >> 16, threshold) | at_least(second >> 16, threshold) << LANES};
+#endif
+}
+
 // Stream KEEP for V vectors of rows from `row` on and the first columns of the 64 of `block`: keep[col] has a bit a row,
 // set where the element is kept. There is room for 64.
 template <int V>
@@ -93,21 +161,18 @@ INLINE void keep_rows(
   constexpr uint32_t TOGETHER = 2 / V;  // columns that two counters serve
   const vword rows = lane_numbers() + row;
   for (uint32_t c = 0; c < 8 && c < columns; c += TOGETHER) {
+    const std::array counters{Counter{8 * block + c, rows, plane, KEEP},
+                              Counter{8 * block + c + (V == 1), V == 1 ? rows : rows + LANES, plane, KEEP}};
     vword w[2][4];
-#pragma GCC unroll 2
-    for (uint32_t i = 0; i < 2; i++) {
-      w[i][0] = splat_word(8 * block + c + (V == 1 ? i : 0)), w[i][1] = V == 1 ? rows : rows + i * LANES;
-      w[i][2] = splat_word(plane), w[i][3] = splat_word(KEEP);
-    }
-    philox(w, key);
+    philox(counters, key, w);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++) {
       mask_t* at = keep + 16 * k + c;
-      const mask_t low[2] = {at_least(w[0][k] & 0xffff, threshold), at_least(w[1][k] & 0xffff, threshold)};
-      const mask_t high[2] = {at_least(w[0][k] >> 16, threshold), at_least(w[1][k] >> 16, threshold)};
-      at[0] = V == 1 ? low[0] : low[0] | low[1] << LANES;
-      at[8] = V == 1 ? high[0] : high[0] | high[1] << LANES;
-      if (V == 1) at[1] = low[1], at[9] = high[1];
+      const Decisions kept = decide(w[0][k], w[1][k], threshold);
+      constexpr mask_t ONE = (mask_t)((uint64_t{1} << LANES) - 1);
+      at[0] = V == 1 ? kept.low & ONE : kept.low;
+      at[8] = V == 1 ? kept.high & ONE : kept.high;
+      if (V == 1) at[1] = kept.low >> LANES, at[9] = kept.high >> LANES;
     }
   }
 }
@@ -116,21 +181,17 @@ INLINE void keep_rows(
 INLINE void keep_columns(Key key, uint32_t plane, uint32_t row, int64_t blocks, uint32_t threshold, uint64_t* keep) {
   constexpr int64_t WIDE = LANES >= 8 ? 2 * LANES / 8 : 1;  // blocks two counters serve, one a byte of their lanes' bits
   for (int64_t b = 0; b < blocks; b += WIDE) {
+    const vword first = lane_numbers() + (uint32_t)(8 * b);
+    const std::array counters{Counter{first, row, plane, KEEP}, Counter{first + LANES, row, plane, KEEP}};
     vword w[2][4];
-#pragma GCC unroll 2
-    for (uint32_t i = 0; i < 2; i++) {
-      w[i][0] = lane_numbers() + (uint32_t)(8 * b + i * LANES);
-      w[i][1] = splat_word(row), w[i][2] = splat_word(plane), w[i][3] = splat_word(KEEP);
-    }
-    philox(w, key);
-    mask_t low[4], high[4];
+    philox(counters, key, w);
+    Decisions kept[4];
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; k++) {
-      low[k] = at_least(w[0][k] & 0xffff, threshold) | at_least(w[1][k] & 0xffff, threshold) << LANES;
-      high[k] = at_least(w[0][k] >> 16, threshold) | at_least(w[1][k] >> 16, threshold) << LANES;
-    }
+    for (int k = 0; k < 4; k++) kept[k] = decide(w[0][k], w[1][k], threshold);
     for (int i = 0; i < WIDE && b + i < blocks; i++) {
-      const auto columns = [&](int k) { return (uint64_t)((low[k] >> 8 * i & 0xff) | (high[k] >> 8 * i & 0xff) << 8); };
+      const auto columns = [&](int k) {
+        return (uint64_t)((kept[k].low >> 8 * i & 0xff) | (kept[k].high >> 8 * i & 0xff) << 8);
+      };
       keep[b + i] = columns(0) | columns(1) << 16 | columns(2) << 32 | columns(3) << 48;
     }
   }
@@ -189,8 +250,9 @@ INLINE void normal_pair(vword radius_word, vword angle_word, vfloat* first, vflo
 
 // Stream JITTER: standard normals of 4 * LANES channels of a token, from `channel` on, a multiple of 4.
 INLINE void normals(Key key, uint32_t token, uint32_t channel, float* out) {
-  vword w[1][4] = {{lane_numbers() + channel / 4, splat_word(token), splat_word(0), splat_word(JITTER)}};
-  philox(w, key);
+  const std::array counters{Counter{lane_numbers() + channel / 4, token, 0u, JITTER}};
+  vword w[1][4];
+  philox(counters, key, w);
   vfloat z[4];
   normal_pair(w[0][0], w[0][1], &z[0], &z[1]);
   normal_pair(w[0][2], w[0][3], &z[2], &z[3]);
@@ -202,9 +264,9 @@ INLINE void normals(Key key, uint32_t token, uint32_t channel, float* out) {
 
 // Stream JITTER_TOKEN: whether a token gets noise; threshold = round(prob * 2^24).
 inline bool is_jittered(Key key, uint32_t token, uint32_t threshold) {
-  vword w[1][4] = {{splat_word(0), splat_word(token), splat_word(0), splat_word(JITTER_TOKEN)}};
-  philox(w, key);
-  return w[0][0][0] >> 8 < threshold;
+  Counter w{0u, token, 0u, JITTER_TOKEN};
+  for (int round = 0; round < 10; round++, key = key.next()) w = philox_round(w, key);
+  return w.a >> 8 < threshold;
 }
 
 }  // namespace uniad

@@ -2,13 +2,11 @@
 //
 // Phases are the network's products, attentions and norms; all threads share each, and wait for each other after it.
 // What stands between two products happens in the first one's tiles, or where the norm passes by anyway.
-#include <ATen/Parallel.h>
-
-#include <atomic>
 
 #include "panel_attention.h"
 #include "panels.h"
 #include "scratch.h"
+#include "tasks.h"
 
 namespace uniad {
 namespace {
@@ -61,11 +59,6 @@ struct Rows {
   int64_t batch_stride, token_stride, channel_stride;
 };
 
-// How many of a thread's parts somebody has taken; alone in its line, since threads count at once.
-struct alignas(64) Taken {
-  std::atomic<int64_t> count;
-};
-
 // Working memory, for a number of sequences.
 struct Buffers {
   float *position, *embed, *query;  // of one sequence
@@ -79,10 +72,9 @@ struct Buffers {
   int64_t pair_words;
   bool in_tiles;
   int64_t threads;
-  Taken* taken;  // of each thread's parts of a phase
 
   Buffers(Scratch& scratch, const Sizes& s, int64_t together, int64_t threads, bool in_bfloat16)
-      : threads(threads), taken(scratch.take<Taken>(threads)) {
+      : threads(threads) {
     const Tokens n{s.tokens};
     const auto take = [&](int64_t channels, int64_t sequences) {
       return scratch.take<float>(channels * sequences * n.padded());
@@ -271,19 +263,10 @@ class Network {
     });
   }
 
-  // f(part, parts, thread) for all parts, on all of torch's threads. A thread takes those that are its own, which are what
-  // it had in the phase before, and then what others have not come to: cores are not equally fast, and all wait for the last.
+  // f(part, parts, thread) for all parts, on all of torch's threads. A thread's own are what it had in the phase before.
   template <class F> void phase(F f) {
-    const int64_t threads = b_.threads, each = b_.pair_words ? 1 : PARTS;  // a part rounds its weights anew
-    for (int64_t thread = 0; thread < threads; thread++) b_.taken[thread].count = 0;
-    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t thread = begin; thread < end; thread++)
-        for (int64_t i = 0; i < threads; i++) {
-          const int64_t owner = (thread + i) % threads;
-          for (int64_t n; (n = b_.taken[owner].count.fetch_add(1, std::memory_order_relaxed)) < each;)
-            f(owner * each + n, threads * each, thread);
-        }
-    });
+    const int64_t parts = b_.threads * (b_.pair_words ? 1 : PARTS);  // a part rounds its weights anew
+    over_tasks(parts, [&](int64_t part, int64_t thread) { f(part, parts, thread); });
   }
 
   // A panel's tokens from rows; lanes beyond the last token are zero.

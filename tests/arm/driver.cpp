@@ -21,7 +21,7 @@
   F(uniad_jitter_splits) F(uniad_jitter_forward) F(uniad_jitter_backward)                                            \
   F(uniad_norm_splits) F(uniad_norm_forward) F(uniad_norm_backward) F(uniad_dropout_forward) F(uniad_dropout_backward) \
   F(uniad_panel) F(uniad_has_pairs) F(uniad_has_tiles) F(uniad_reconstruct)                                          \
-  F(uniad_linear_output) F(uniad_linear_token_gradient) F(uniad_linear_weight_gradient)
+  F(uniad_linear_has_pairs) F(uniad_linear_output) F(uniad_linear_token_gradient) F(uniad_linear_weight_gradient)
 
 // Integers and pointers take a register or a slot of the stack each, whatever their type, so that one type serves all.
 using Word = uint64_t;

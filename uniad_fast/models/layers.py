@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.dropout import dropout, dropout_add_norm
-from ..ops.linear import linear_relu_dropout
+from ..ops.linear import feed_forward
 from .attention import NeighborMaskedAttention
 from .parameter_cache import ParameterCache
 from .submodules import apply_linear, call_attention, is_plain, pending_dropout, whole_table
@@ -65,10 +65,10 @@ class Layer(nn.Module):
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
         relu = self.activation == "relu" and is_plain(self.dropout, nn.Dropout)  # which one pass does
-        if relu and is_plain(self.linear1, nn.Linear):
+        if relu and is_plain(self.linear1, nn.Linear) and is_plain(self.linear2, nn.Linear):
             p = self.dropout.p if self.dropout.training else 0.0
-            hidden = linear_relu_dropout(tokens, self.linear1.weight, self.linear1.bias, p, self.impl)
-            return apply_linear(self.linear2, hidden, self.impl)
+            first, second = ((layer.weight, layer.bias) for layer in (self.linear1, self.linear2))
+            return feed_forward(tokens, first, second, p, self.impl)
         hidden = apply_linear(self.linear1, tokens, self.impl)
         if not relu:
             hidden = _ACTIVATIONS[self.activation](hidden)

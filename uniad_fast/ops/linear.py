@@ -1,4 +1,4 @@
-"""The products of a linear layer: float32 on a CPU by what is fastest there (see `products`)."""
+"""The products of a linear layer on a CPU, by what is fastest there (see `products`), and what is torch's."""
 
 from typing import Any
 
@@ -9,50 +9,47 @@ from torch.autograd.function import once_differentiable
 
 from . import products
 from .checks import seed_tensor
-from .dispatch import choose_impl, launchers
+from .dispatch import choose_impl
 from .dropout import checked, dropout
 from .tracing import is_traced, without_memory
 
+Layer = tuple[Tensor, Tensor | None]
+"""Weight [C_out, C_in] and bias [C_out] of a linear layer."""
+
 
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> Tensor:
-    """`torch.nn.functional.linear`; by `products` where `impl` means the CPU kernels and the product is in float32.
+    """`torch.nn.functional.linear`; by `products` where `impl` means the CPU kernels and parameters are float32.
+
+    Under autocast to bfloat16, gradients of weight and bias are not rounded to it on the way.
 
     tokens [..., C_in], weight [C_out, C_in], bias [C_out] -> [..., C_out].
     """
-    if not _is_chosen(tokens, weight, bias, impl):
+    if not _is_chosen(tokens, (weight, bias), impl):
         return F.linear(tokens, weight, bias)
-    wanted = tokens.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    differentiated = torch.is_grad_enabled() and wanted
-    if torch.is_autocast_enabled("cpu"):
-        by_tiles = torch.get_autocast_dtype("cpu") == torch.bfloat16 and products.has_onednn() and _has_tiles()
-        if not (differentiated and by_tiles):
-            return F.linear(tokens, weight, bias)
-        product, tokens = _LinearInTiles.apply, tokens.to(torch.bfloat16)
-    else:
-        product = _Linear.apply if differentiated else _output
-    flat = tokens.reshape(-1, tokens.shape[-1])
-    out = product(flat, weight, bias)
-    # As F.linear does: what is no view may be added to in place, whatever it was made under.
-    return torch.ops.aten._unsafe_view(out, (*tokens.shape[:-1], weight.shape[0]))
+    rows = _rows(tokens)
+    out = _Linear.apply(rows, weight, bias) if _differentiated(tokens, weight, bias) else _output(rows, weight, bias)
+    return _unflattened(out, tokens)
 
 
-def linear_relu_dropout(
-    tokens: Tensor, weight: Tensor, bias: Tensor | None, dropout_p: float, impl: str | None
-) -> Tensor:
-    """dropout(relu(`linear`)), which where both are ours is one tensor instead of two: the product is nobody else's.
+def feed_forward(tokens: Tensor, first: Layer, second: Layer, dropout_p: float, impl: str | None) -> Tensor:
+    """second(dropout(relu(first(tokens)))), both `linear`.
 
-    tokens [..., C_in], weight [C_out, C_in], bias [C_out] -> [..., C_out]. The noise is that of `dropout`.
+    Where all of it is ours, one tensor of the hidden width is made instead of two: ReLU and dropout are in the place of
+    the first product, which is nobody else's. The noise is that of `dropout`.
+
+    tokens [..., C_in] -> [..., C_out].
     """
-    wanted = tokens.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    together = torch.is_grad_enabled() and wanted and tokens.ndim > 1 and not torch.is_autocast_enabled("cpu")
-    if not (together and _is_chosen(tokens, weight, bias, impl)):
-        return dropout(linear(tokens, weight, bias, impl), dropout_p, relu=True, impl=impl)
+    if tokens.ndim < 2 or not (_is_chosen(tokens, first, impl) and _follows(first, second)):
+        hidden = dropout(linear(tokens, *first, impl), dropout_p, relu=True, impl=impl)
+        return linear(hidden, *second, impl)
     dropout_p, seed, impl = checked(tokens, dropout_p, None, impl)
-    flat = tokens.reshape(-1, tokens.shape[-1])
-    out = _LinearReluDropout.apply(
-        flat, weight, bias, dropout_p, None if seed is None else seed_tensor(seed, tokens.device)
-    )
-    return torch.ops.aten._unsafe_view(out, (*tokens.shape[:-1], weight.shape[0]))
+    seed = None if seed is None else seed_tensor(seed, tokens.device)
+    rows = _rows(tokens)
+    if _differentiated(tokens, *first, *second):
+        out = _FeedForward.apply(rows, *first, *second, dropout_p, seed)
+    else:
+        out = _output(_output(rows, *first, (dropout_p, seed)), *second)
+    return _unflattened(out, tokens)
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -67,65 +64,52 @@ def add_product(total: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     return total.addmm_(rows, weight.t())
 
 
-def _is_chosen(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> bool:
-    if is_traced():
+def _rows(tokens: Tensor) -> Tensor:
+    """[..., C] -> [R, C], in the dtype that autocast gives them."""
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    return rows.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else rows
+
+
+def _unflattened(out: Tensor, tokens: Tensor) -> Tensor:
+    # As F.linear does: what is no view may be added to in place, whatever it was made under.
+    return torch.ops.aten._unsafe_view(out, (*tokens.shape[:-1], out.shape[-1]))
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
+
+
+def _is_chosen(tokens: Tensor, layer: Layer, impl: str | None) -> bool:
+    """Whether the products of such a layer are for `products`."""
+    weight, bias = layer
+    if is_traced() or not _is_plain(tokens) or not _is_parameters(weight, bias):
         return False
-    for tensor in (tokens, weight, *([] if bias is None else [bias])):
-        if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_neg():
-            return False
-        if tensor.dtype != torch.float32 and not (tensor is tokens and _is_autocasts(tensor)):
-            return False
-        if type(tensor) not in (Tensor, nn.Parameter):
-            return False
-    if not tokens.ndim or weight.ndim != 2 or tokens.shape[-1] != weight.shape[1] or not tokens.numel():
+    if not tokens.ndim or tokens.shape[-1] != weight.shape[1] or not tokens.numel():
         return False  # for torch to answer, or to refuse
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if torch.autograd.forward_ad._current_level >= 0 or choose_impl(impl, tokens) != "cpu":
         return False
-    if torch.autograd.forward_ad._current_level >= 0:
+    if not torch.is_autocast_enabled("cpu"):
+        return tokens.dtype == torch.float32
+    dtype = torch.get_autocast_dtype("cpu")
+    of_autocast = dtype == torch.bfloat16 and tokens.dtype in (torch.float32, dtype)
+    return of_autocast and products.serves_bfloat16(tokens.numel() // tokens.shape[-1])
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    strided = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_neg()
+    return strided and type(tensor) in (Tensor, nn.Parameter)
+
+
+def _is_parameters(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are a layer's, in float32."""
+    if not all(_is_plain(t) and t.dtype == torch.float32 for t in (weight, bias) if t is not None):
         return False
-    return choose_impl(impl, tokens) == "cpu"
+    return weight.ndim == 2 and (bias is None or bias.shape == weight.shape[:1])
 
 
-def _is_autocasts(tensor: Tensor) -> bool:
-    """Whether it is in the dtype that autocast casts to."""
-    return torch.is_autocast_enabled("cpu") and tensor.dtype == torch.get_autocast_dtype("cpu")
-
-
-def _has_tiles() -> bool:
-    from ..kernels.cpu import launch_weight_gradient
-
-    return launch_weight_gradient.has_tiles()
-
-
-class _LinearInTiles(torch.autograd.Function):
-    """rows [R, K] in bfloat16, weight and bias in float32 -> bfloat16, as autocast has it; their gradients come in
-    float32, without a rounding between.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        cast = weight.to(torch.bfloat16)
-        ctx.save_for_backward(rows, cast)
-        return products.onednn(rows, cast, None if bias is None else bias.to(torch.bfloat16))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        from ..kernels.cpu import launch_weight_gradient
-
-        rows, weight = ctx.saved_tensors
-        with_rows, with_weight, with_bias = ctx.needs_input_grad
-        with torch.autocast("cpu", enabled=False):  # a backward pass may be called inside
-            rows_gradient = torch.mm(out_gradient, weight) if with_rows else None
-        weight_gradient, bias_gradient = None, None
-        if with_weight and without_memory(out_gradient):
-            weight_gradient = torch.mm(out_gradient.float().t(), rows.float())
-            bias_gradient = out_gradient.sum(0, dtype=torch.float32) if with_bias else None
-        elif with_weight:
-            weight_gradient, bias_gradient = launch_weight_gradient.weight_gradient(rows, out_gradient, with_bias)
-        elif with_bias:
-            bias_gradient = out_gradient.sum(0, dtype=torch.float32)
-        return rows_gradient, weight_gradient, bias_gradient
+def _follows(first: Layer, second: Layer) -> bool:
+    """Whether a layer like the first one takes what that gives."""
+    return _is_parameters(*second) and second[0].shape[1] == first[0].shape[0] > 0
 
 
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -135,62 +119,106 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         with_rows, with_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(rows if with_weight else None, weight if with_rows else None)
-        ctx.ways = _ways(rows, weight)
-        return products.output(ctx.ways.output, rows, weight, bias)
+        ctx.ways = ways = _ways(rows, weight)
+        operand = products.operand(ways.output, weight, rows.dtype)
+        kept = _kept(ways, weight, operand, rows.dtype)
+        ctx.save_for_backward(rows if with_weight else None, kept if with_rows else None)
+        return products.output(ways.output, rows, operand, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, out_gradient: Tensor) -> _Gradients:
-        return _gradients(ctx, out_gradient, *ctx.saved_tensors)
+        rows, weight = ctx.saved_tensors
+        with torch.autocast("cpu", enabled=False):  # a backward pass may be called inside
+            return _gradients(ctx.ways, out_gradient, rows, weight, ctx.needs_input_grad[2])
 
 
-class _LinearReluDropout(torch.autograd.Function):
+class _FeedForward(torch.autograd.Function):
+    """ReLU's gradient is read off what came of it: above 0 is what was above 0 and kept."""
+
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, dropout_p: float, seed: Tensor | None
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        second_weight: Tensor,
+        second_bias: Tensor | None,
+        *ending: Any,
     ) -> Tensor:
-        with_rows, with_weight, *_ = ctx.needs_input_grad
-        ctx.ways, ctx.dropout_p = _ways(rows, weight), dropout_p
-        out = products.output(ctx.ways.output, rows, weight, bias)
-        # oneDNN's may lie in an order of its own.
-        out = launchers("cpu").relu_dropout_in_place(out.contiguous(), dropout_p, seed)
-        ctx.save_for_backward(rows if with_weight else None, weight if with_rows else None, out, seed)
-        return out
+        with_rows, with_weight, with_bias, with_second, _ = ctx.needs_input_grad[:5]
+        ctx.ways, ctx.dropout_p = (_ways(rows, weight), _ways(rows, second_weight)), ending[0]
+        operands = [
+            products.operand(ways.output, each, rows.dtype)
+            for ways, each in zip(ctx.ways, (weight, second_weight), strict=True)
+        ]
+        hidden = products.output(ctx.ways[0].output, rows, operands[0], bias, ending)
+        into_first = with_rows or with_weight or with_bias
+        ctx.save_for_backward(
+            rows if with_weight else None,
+            _kept(ctx.ways[0], weight, operands[0], rows.dtype) if with_rows else None,
+            hidden if into_first or with_second else None,
+            _kept(ctx.ways[1], second_weight, operands[1], rows.dtype) if into_first else None,
+        )
+        return products.output(ctx.ways[1].output, hidden, operands[1], second_bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, out, seed = ctx.saved_tensors
-        if without_memory(out_gradient) or torch.autograd.forward_ad._current_level >= 0:
-            gradient = out_gradient * ((out > 0) / (1 - ctx.dropout_p))
-        else:
-            gradient = launchers("cpu").dropout_backward(out_gradient, out, ctx.dropout_p, True, seed)
-        return *_gradients(ctx, gradient, rows, weight), None, None
+        rows, weight, hidden, second_weight = ctx.saved_tensors
+        _, _, with_bias, with_second, with_second_bias = ctx.needs_input_grad[:5]
+        first, second = ctx.ways
+        with torch.autocast("cpu", enabled=False):  # a backward pass may be called inside
+            gradients: _Gradients = None, None, None
+            if second_weight is not None:
+                gradient = _hidden_gradient(second, out_gradient, second_weight, hidden, ctx.dropout_p)
+                gradients = _gradients(first, gradient, rows, weight, with_bias)
+            of_second = _gradients(second, out_gradient, hidden if with_second else None, None, with_second_bias)
+        return *gradients, *of_second[1:], None, None
 
 
-def _gradients(ctx: Any, out_gradient: Tensor, rows: Tensor | None, weight: Tensor | None) -> _Gradients:
-    """Of a layer's rows, weight and bias, those that are wanted."""
-    with_bias = ctx.needs_input_grad[2]
-    ways = ctx.ways
-    if without_memory(out_gradient) or torch.autograd.forward_ad._current_level >= 0:
-        ways = products.Ways(*(products.TORCH,) * len(ways))
+def _hidden_gradient(
+    ways: products.Ways, out_gradient: Tensor, weight: Tensor, hidden: Tensor, dropout_p: float
+) -> Tensor:
+    """Of what was before ReLU and dropout, which gave `hidden`: it was multiplied by the weight."""
+    if _is_torchs(out_gradient):
+        return torch.mm(out_gradient, weight.to(out_gradient.dtype)) * ((hidden > 0) / (1 - dropout_p))
+    return products.token_gradient(ways.token_gradient, out_gradient, weight, (dropout_p, None), hidden)
+
+
+def _gradients(
+    ways: products.Ways, out_gradient: Tensor, rows: Tensor | None, weight: Tensor | None, with_bias: bool
+) -> _Gradients:
+    """Of a layer's rows where there is `weight`, of weight where there are `rows`, and of bias."""
     rows_gradient, weight_gradient, bias_gradient = None, None, None
-    with torch.autocast("cpu", enabled=False):  # a backward pass may be called inside
-        if weight is not None:
-            rows_gradient = products.token_gradient(ways.token_gradient, out_gradient, weight)
-        if rows is not None:
-            weight_gradient, bias_gradient = products.weight_gradient(
-                ways.weight_gradient, rows, out_gradient, with_bias
-            )
-        elif with_bias:
-            bias_gradient = out_gradient.sum(0)
+    if _is_torchs(out_gradient):
+        ways = products.Ways(*(products.TORCH,) * len(ways))
+        weight = None if weight is None else weight.to(out_gradient.dtype)
+    if weight is not None:
+        rows_gradient = products.token_gradient(ways.token_gradient, out_gradient, weight)
+    if rows is not None:
+        weight_gradient, bias_gradient = products.weight_gradient(ways.weight_gradient, rows, out_gradient, with_bias)
+    elif with_bias:
+        bias_gradient = out_gradient.sum(0, dtype=torch.float32)
     return rows_gradient, weight_gradient, bias_gradient
 
 
-def _output(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return products.output(_ways(rows, weight).output, rows, weight, bias)
+def _is_torchs(out_gradient: Tensor) -> bool:
+    """Whether a gradient is many at once, or moves: no kernel can be handed it."""
+    return without_memory(out_gradient) or torch.autograd.forward_ad._current_level >= 0
+
+
+def _output(rows: Tensor, weight: Tensor, bias: Tensor | None, ending: products.ReluDropout | None = None) -> Tensor:
+    way = _ways(rows, weight).output
+    return products.output(way, rows, products.operand(way, weight, rows.dtype), bias, ending)
+
+
+def _kept(ways: products.Ways, weight: Tensor, operand: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight for the gradient of tokens, of which `operand` was for the output."""
+    if ways.token_gradient == products.OWN:
+        return weight
+    return operand if operand.dtype == dtype else products.operand(ways.token_gradient, weight, dtype)
 
 
 def _ways(rows: Tensor, weight: Tensor) -> products.Ways:
-    return products.fastest(rows.shape[0], weight.shape[1], weight.shape[0])
+    return products.fastest(rows.shape[0], weight.shape[1], weight.shape[0], rows.dtype)
