@@ -18,7 +18,7 @@ from bench.bench_model import build, feature
 from bench.tools.cases import MODEL
 from uniad_fast.models.precision import computes_in_bfloat16
 
-# First match wins, by the start of the operator's name. ReLU + dropout is part of an FFN's products where those are ours.
+# First match wins, by the start of an operator's name. ReLU + dropout is in an FFN's products where those are ours.
 KINDS = {
     "linear products": ("aten::mm", "aten::addmm", "aten::bmm", "_Linear", "_FeedForward", "mkldnn::_linear"),
     "attention, forward": ("_Attention", "aten::_scaled_dot", "aten::scaled_dot"),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.dropout import dropout, dropout_add_norm
-from ..ops.linear import feed_forward
+from ..ops.feed_forward import feed_forward
 from .attention import NeighborMaskedAttention
 from .parameter_cache import ParameterCache
 from .submodules import apply_linear, call_attention, is_plain, pending_dropout, whole_table
