@@ -96,6 +96,30 @@ def test_an_ffn_gives_what_is_wanted_alone(wanted):
 
 @pytest.mark.usefixtures("own")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.usefixtures("narrow")
+def test_gradients_of_an_ffn_of_many_at_once_under_autocast():
+    parameters = [t.requires_grad_() for t in network()]
+    tokens, upstream = torch.randn(40, 20, requires_grad=True), torch.randn(3, 40, 6).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = feed_forward(tokens, parameters[:2], parameters[2:], 0.3, "cpu")
+    tensors = (tokens, *parameters)
+    many = torch.autograd.grad(out, tensors, upstream, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(out, tensors, one, retain_graph=True) for one in upstream]
+    for ours, expected in zip(many, zip(*single, strict=True), strict=True):
+        assert (ours - torch.stack(expected)).float().norm() < 0.02 * ours.float().norm()
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(("ins", "hidden", "outs"), [(20, 11, 0), (20, 0, 6), (0, 11, 6)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_width_of_nothing_is_torchs(ins, hidden, outs, autocast):
+    (first, bias, second, _), tokens = network(True, ins, hidden, outs), torch.randn(40, ins)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = feed_forward(tokens, (first, bias), (second, None), 0.0, "cpu")
+        torch.testing.assert_close(ours, F.linear(F.relu(F.linear(tokens, first, bias)), second))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_gradients_of_an_ffn_of_many_at_once():
     parameters = [t.requires_grad_() for t in network()]
     tokens, upstream = torch.randn(4, 20, requires_grad=True), torch.randn(3, 4, 6)

@@ -68,8 +68,8 @@ template <class A, class B> INLINE vword mix(A a, B b, uint32_t key) {
   else return a ^ in_lanes(b ^ key);
 }
 
-// The four words of a counter, each one number or a number a lane. Words that all lanes have in common stay so for up to
-// three rounds, in which half of the products are then of single numbers.
+// The four words of a counter, each one number or a number a lane. What all lanes have in common stays so for up to three
+// rounds, whose products are then of single numbers for the most part, or at least a third of them.
 template <class A, class B, class C, class D> struct Counter {
   A a;
   B b;

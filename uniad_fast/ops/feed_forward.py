@@ -49,7 +49,7 @@ def feed_forward(tokens: Tensor, first: Layer, second: Layer, dropout_p: float, 
 
 def _follows(first: Layer, second: Layer) -> bool:
     """Whether a layer like the first one takes what that gives."""
-    return are_parameters(*second) and second[0].shape[1] == first[0].shape[0] > 0
+    return are_parameters(*second) and second[0].shape[1] == first[0].shape[0]
 
 
 class _FeedForward(torch.autograd.Function):
@@ -101,5 +101,6 @@ def _hidden_gradient(
 ) -> Tensor:
     """Of what was before ReLU and dropout, which gave `hidden`: it was multiplied by the weight."""
     if is_torchs(out_gradient):
-        return torch.mm(out_gradient, weight.to(out_gradient.dtype)) * ((hidden > 0) / (1 - dropout_p))
+        gradient = torch.mm(out_gradient, weight.to(out_gradient.dtype))
+        return torch.where(hidden > 0, gradient / (1 - dropout_p), 0)
     return products.token_gradient(ways.token_gradient, out_gradient, weight, (dropout_p, None), hidden)

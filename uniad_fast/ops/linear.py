@@ -18,7 +18,7 @@ Layer = tuple[Tensor, Tensor | None]
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> Tensor:
     """`torch.nn.functional.linear`; by `products` where `impl` means the CPU kernels and parameters are float32.
 
-    Under autocast to bfloat16, gradients of weight and bias are not rounded to it on the way.
+    Under autocast to bfloat16 a bias is not rounded to it where the product is ours, nor are parameters' gradients.
 
     tokens [..., C_in], weight [C_out, C_in], bias [C_out] -> [..., C_out].
     """
@@ -80,10 +80,10 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def are_parameters(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether these are a layer's, in float32."""
+    """Whether these are a layer's, in float32, with inputs and outputs."""
     if not all(_is_plain(t) and t.dtype == torch.float32 for t in (weight, bias) if t is not None):
         return False
-    return weight.ndim == 2 and (bias is None or bias.shape == weight.shape[:1])
+    return weight.ndim == 2 and weight.numel() > 0 and (bias is None or bias.shape == weight.shape[:1])
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
