@@ -110,6 +110,16 @@ def stand_in_compiler(folder):
     return compiler
 
 
+def test_what_calls_another_openmp_is_said(tmp_path):
+    """As a library by Clang does beside pip's torch."""
+    compiler = stand_in_compiler(tmp_path)
+    compiler.write_text(compiler.read_text().replace('source="', 'source="void __kmpc_x(); void f() { __kmpc_x(); } '))
+    code = "from uniad_fast.kernels.cpu import build; print(build.problem())"
+    environment = dict(TORCH_EXTENSIONS_DIR=str(tmp_path), CXX=str(compiler), LD_BIND_NOW="1")
+    out, _ = python(code, **environment).communicate()
+    assert "__kmpc_x" in out and "g++ 12 calls another OpenMP than torch's): install a C++ compiler (g++ 11" in out
+
+
 @pytest.mark.parametrize("says", ["", "\\377\\376", "g++ 12"])
 def test_what_a_compiler_says_of_itself(says, tmp_path, monkeypatch):
     compiler = tmp_path / "my c++"

@@ -54,7 +54,7 @@ _NEEDED = {
 }
 # Whatever reads or writes beside a tensor, or does what C++ leaves undefined, ends the process: for the tests.
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g")
-_HOW_TO = "install a C++ compiler (g++ 11 or clang 14, or later; on Debian: apt-get install g++)"
+_HOW_TO = "install a C++ compiler (g++ 11 or later; on Debian: apt-get install g++)"
 _TORCH = Path(torch.__file__).parent
 _OF_TORCH = [
     "-fPIC",
@@ -176,7 +176,9 @@ def _library(kind: str, sources: list[Path], flags: list[str], compiler: str, wh
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
-        raise BuildError(f"the compiled C++ kernels can't be loaded: {error}") from error
+        # Clang calls an OpenMP of its own, and torch brings GCC's.
+        hint = f" ({compiler} calls another OpenMP than torch's): {_HOW_TO}" if "__kmpc" in str(error) else ""
+        raise BuildError(f"the compiled C++ kernels can't be loaded: {error}{hint}") from error
 
 
 def _told(flags: list[str], compiler: str) -> list[str]:

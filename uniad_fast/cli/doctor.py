@@ -17,7 +17,18 @@ from ..ops.dispatch import IMPLS, kernel_problem
 from ..ops.dropout import dropout, dropout_add_norm
 from ..ops.jitter_project import jitter_project
 from ..ops.neighbor_masked_attention import neighbor_masked_attention
-from ..ops.products import KINDS, OF_DOCTOR, ONEDNN, OWN, TORCH, bfloat16_gain, bfloat16_pays, fastest
+from ..ops.products import (
+    KINDS,
+    OF_DOCTOR,
+    ONEDNN,
+    OWN,
+    TILES,
+    TORCH,
+    bfloat16_gain,
+    bfloat16_pays,
+    fastest,
+    serves_bfloat16,
+)
 
 _PACKAGES = (
     *("uniad_fast", "torch", "torchvision", "triton", "timm", "numpy", "pillow"),
@@ -36,7 +47,7 @@ _EXTRAS = {
     "test": {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "hypothesis": "hypothesis"},
 }
 _TOLERANCE = 1e-4
-_NAMES = {OWN: "our kernel", ONEDNN: "oneDNN", TORCH: "torch's own"}
+_NAMES = {OWN: "our kernel", TILES: "our kernel in tiles", ONEDNN: "oneDNN", TORCH: "torch's own"}
 _GRID, _WINDOW = (5, 7), (3, 3)
 
 
@@ -81,12 +92,16 @@ def _bfloat16() -> list[str]:
 
 
 def _products() -> list[str]:
-    """A line on who multiplies float32 on this processor, where the kernels are there."""
+    """A line a dtype on who multiplies on this processor, where the kernels are there and may do it."""
     if kernel_problem("cpu", torch.zeros(())) is not None:
         return []
-    (rows, ins, outs), ways = OF_DOCTOR, fastest(*OF_DOCTOR)
-    who = ", ".join(f"{kind} by {_NAMES[way]}" for kind, way in zip(KINDS, ways, strict=True))
-    return [f"products in float32, {rows} rows, {ins} to {outs} channels: {who}"]
+    rows, ins, outs = OF_DOCTOR
+    lines = []
+    for dtype in (torch.float32, *[torch.bfloat16] * serves_bfloat16(rows)):
+        ways = fastest(*OF_DOCTOR, dtype)
+        who = ", ".join(f"{kind} by {_NAMES[way]}" for kind, way in zip(KINDS, ways, strict=True))
+        lines.append(f"products in {str(dtype)[6:]}, {rows} rows, {ins} to {outs} channels: {who}")
+    return lines
 
 
 def problem_with(impl: str, device: torch.device) -> str | None:
