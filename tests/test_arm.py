@@ -7,7 +7,7 @@ import emulated
 import pytest
 import torch
 from test_cpu import DTYPES, gradients, run_all
-from test_launch_linear import all_products, made
+from test_launch_linear import all_products, exactly, made
 from test_whole_network import CASES, by_layers, make, tokens_for, whole
 from uniad_fast.kernels.cpu import build, launch, launch_linear, launch_reconstruct
 
@@ -57,12 +57,23 @@ def test_every_op_within_budget(path, dtype, shape):
         assert_within_budget(ours, truth[name], plain[name], f"{path} {name}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(7, 20, 11), (100, 33, 9), (5, 330, 40)], ids=str)
-def test_products_of_a_linear_layer_within_budget(path, shape):
-    tensors = made(*shape)
-    truth, plain = all_products(TORCH, *(t.double() for t in tensors)), all_products(TORCH, *tensors)
+def test_products_of_a_linear_layer_within_budget(path, shape, dtype):
+    assert launch_linear.has_pairs() == (path == "neon_bf16")
+    if dtype == torch.bfloat16 and path != "neon_bf16":
+        pytest.skip("it has no products of pairs")
+    tensors = made(*shape, dtype)
+    truth, plain = exactly(*tensors), all_products(TORCH, *tensors)
     for name, ours in all_products(OWN, *tensors).items():
         assert_within_budget(ours, truth[name], plain[name], f"{path} {name}")
+
+
+def test_relu_and_dropout_at_the_end_of_a_product(path):
+    tokens, weight, bias, _ = made(30, 20, 70)
+    ending = 0.3, torch.tensor(7)
+    apart = launch.dropout_forward(launch_linear.output(tokens, weight, bias), 0.3, True, ending[1])
+    assert torch.equal(launch_linear.output(tokens, weight, bias, ending), apart) and (apart == 0).any()
 
 
 def test_the_doctor_finds_nothing(path):

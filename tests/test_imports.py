@@ -148,6 +148,12 @@ def test_import_takes_little_more_than_torch():
     assert min(float(run(code)) for _ in range(3)) < 0.15
 
 
+def test_kernels_are_imported_by_the_first_call():
+    """They are where an installation puts them, which in a tree that is merely on the path is nowhere."""
+    loaded = run("import sys, uniad_fast, uniad_fast.models.layers; print(*sys.modules)").split()
+    assert "uniad_fast.models.layers" in loaded and not [m for m in loaded if m.startswith("uniad_fast.kernels")]
+
+
 def test_it_works_without_triton():
     code = "import sys; sys.modules['triton'] = None; import uniad_fast, torch; q = torch.randn(1, 2, 20, 8); "
     assert run(code + "print(uniad_fast.neighbor_masked_attention(q, q, q, (4, 5), (3, 3)).shape)").strip()

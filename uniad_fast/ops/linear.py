@@ -129,7 +129,9 @@ def is_torchs(out_gradient: Tensor) -> bool:
     return without_memory(out_gradient) or torch.autograd.forward_ad._current_level >= 0
 
 
-def output_of(rows: Tensor, weight: Tensor, bias: Tensor | None, ending: products.ReluDropout | None = None) -> Tensor:
+def output_of(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, ending: "products.ReluDropout | None" = None
+) -> Tensor:
     way = ways_of(rows, weight).output
     return products.output(way, rows, products.operand(way, weight, rows.dtype), bias, ending)
 

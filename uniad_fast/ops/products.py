@@ -15,14 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..kernels.layout import ReluDropout
 from .dispatch import launchers
+
+if TYPE_CHECKING:
+    from ..kernels.layout import ReluDropout
 
 KINDS = ("output", "gradient of tokens", "gradients of weight and bias")
 OWN, TORCH, ONEDNN, TILES = "own", "torch", "onednn", "tiles"
@@ -59,7 +61,7 @@ def operand(way: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight if way == OWN else weight.to(dtype)
 
 
-def output(way: str, rows: Tensor, weight: Tensor, bias: Tensor | None, ending: ReluDropout | None = None) -> Tensor:
+def output(way: str, rows: Tensor, weight: Tensor, bias: Tensor | None, ending: "ReluDropout | None" = None) -> Tensor:
     """Tokens times weight, an `operand`, plus bias, then ReLU and dropout: [R, O] on a CPU; no gradient is recorded."""
     if way == OWN:
         return _own().output(rows, weight, bias, ending)
@@ -76,7 +78,7 @@ def token_gradient(
     way: str,
     out_gradient: Tensor,
     weight: Tensor,
-    ending: ReluDropout | None = None,
+    ending: "ReluDropout | None" = None,
     activated: Tensor | None = None,
 ) -> Tensor:
     """Gradient times weight, an `operand`: [R, I] on a CPU.
