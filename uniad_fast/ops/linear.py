@@ -95,8 +95,8 @@ class _Linear(torch.autograd.Function):
         with_rows, with_weight, _ = ctx.needs_input_grad
         ctx.ways = ways = ways_of(rows, weight)
         operand = products.operand(ways.output, weight, rows.dtype)
-        kept = kept_weight(ways, weight, operand, rows.dtype)
-        ctx.save_for_backward(rows if with_weight else None, kept if with_rows else None)
+        kept = kept_weight(ways, weight, operand, rows.dtype) if with_rows else None
+        ctx.save_for_backward(rows if with_weight else None, kept)
         return products.output(ways.output, rows, operand, bias)
 
     @staticmethod
