@@ -114,8 +114,8 @@ def test_bfloat16_by_pairs_of_vectors_is_whole_for_small_batches_alone(tiles, pa
     monkeypatch.setattr(whole_network, "has_pairs", lambda: pairs)
     model = make()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert whole_network.reconstruct(model, tokens_for(model, 2048 // 35)) is not None
-        is_whole = whole_network.reconstruct(model, tokens_for(model, 2048 // 35 + 1)) is not None
+        assert whole_network.reconstruct(model, tokens_for(model, 1024 // 35)) is not None
+        is_whole = whole_network.reconstruct(model, tokens_for(model, 1024 // 35 + 1)) is not None
     assert is_whole == (tiles or not pairs)
 
 

@@ -23,8 +23,9 @@ from .layers import DecoderLayer, EncoderLayer, Layer
 from .submodules import is_plain
 from .transformer import Decoder, Encoder, Transformer
 
-# Tokens of a batch up to which one call is faster in bfloat16 by vectors; beyond, oneDNN's products are.
-_MOST_IN_BFLOAT16 = 2048
+# Tokens of a batch up to which one call is faster in bfloat16 by vectors; beyond, a layer's products are, whose weights
+# are rounded and packed once for all rows.
+_MOST_IN_BFLOAT16 = 1024
 _MOST_TOKENS = 4096  # beyond, the mask as bits is large, and the attention's own kernel skips what is hidden
 
 Words = list[Tensor | float | None]
